@@ -231,7 +231,8 @@ def atomic_file(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """The same for libraries that need a file name: yields the temporary name, which keeps the suffix."""
+    """`atomic_file` for libraries that need a file name: yields the temporary name, which keeps the suffix. Raises what
+    `atomic_file` raises."""
     path = Path(path)
     with _reported(path):
         temporary = _temporary(path, suffix=path.suffix)
@@ -281,7 +282,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def install(temporary: Path, path: Path, replace: bool) -> None:
-    """Move a whole folder to `path`, beside it. replace: as of `atomic_folder`."""
+    """Move a whole folder to `path`, beside it. replace: as of `atomic_folder`.
+
+    Raises FileExistsError for a folder that is not empty, or a file, where nothing is to be replaced.
+    """
     try:
         temporary.rename(path)  # fails if `path` is a folder that is not empty
         return

@@ -241,7 +241,11 @@ def _load(point: importlib.metadata.EntryPoint) -> Domain:
 
 
 def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:
-    """Collect the names of the core and of every domain with an entry point."""
+    """Collect the names of the core and of every domain with an entry point.
+
+    Raises nothing for a domain that cannot be loaded, or whose name is taken: it is left out, and `Catalog.broken` says
+    why.
+    """
     registries: dict[str, Registry[Any]] = {
         kind: Registry(kind.removesuffix("s"), CORE.get(kind), wanted=WANTED.get(kind)) for kind in KINDS
     }

@@ -54,7 +54,8 @@ def read_json(path: str | Path, remedy: str = "", limit: Limit = YAML_BYTES) -> 
 
 
 def parse_json(text: str, source: str, remedy: str = "") -> dict[str, Any]:
-    """The object in a text of JSON; see `read_json`. source: what messages name."""
+    """The object in a text of JSON. source: what messages name. remedy: their last words; see `read_json`, whose errors
+    these are."""
     _check_json(text, source, remedy)
     try:
         loaded = _unshared(json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_int=_whole))
@@ -66,7 +67,8 @@ def parse_json(text: str, source: str, remedy: str = "") -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str, remedy: str = "") -> Any:
-    """The value of a YAML text. source: what messages call it. The limits of `read_yaml` apply."""
+    """The value of a YAML text. source: what messages call it. remedy: their last words. The limits and errors are
+    those of `read_yaml`."""
     import yaml
 
     YAML_BYTES.check(len(text.encode("utf-8", "surrogatepass")), source)

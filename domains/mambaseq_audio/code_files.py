@@ -149,6 +149,7 @@ def read_codes(
 
 
 def _check_codes(begun: np.ndarray, tokenizer: Tokenizer | None, layout: Layout = "frames_books") -> None:
+    """Raise ConfigError for another layout, and for a model of something else than codes."""
     check_choice("layout", layout, LAYOUTS)
     if not isinstance(tokenizer, CodeFrames):
         raise ConfigError("Codes are written for a model of codes (audio/codes), and this one is of something else.")

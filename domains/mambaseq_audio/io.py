@@ -376,8 +376,8 @@ def sound_files(path: str | Path, count: int, endings: Sequence[str] = (".wav", 
 
 
 def in_sixteen_bits(signal: np.ndarray) -> np.ndarray:
-    """A float waveform in [-1, 1] as int16. What is read from a 16-bit file comes out as it was: libsndfile divides by
-    32,768 but would multiply by 32,767."""
+    """A float waveform in [-1, 1], of any shape, as int16; what is beyond is cut. What is read from a 16-bit file comes
+    out as it was: libsndfile divides by 32,768 but would multiply by 32,767."""
     return np.rint(np.asarray(signal, dtype=np.float64) * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
 
 

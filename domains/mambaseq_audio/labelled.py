@@ -17,7 +17,7 @@ from mambaseq_audio.mulaw import MuLaw
 
 
 def middle(levels: np.ndarray, length: int) -> np.ndarray:
-    """At most `length` samples, from the middle of a longer clip."""
+    """At most `length` samples, from the middle of a longer clip `(samples,)`."""
     start = max(0, (len(levels) - length) // 2)
     return levels[start : start + length]
 

@@ -52,7 +52,8 @@ def clip(signal: np.ndarray, sample_rate: int, seconds: float, peak: float, link
 
 
 def scales(signals: Sequence[np.ndarray], sample_rate: int) -> tuple[float, float]:
-    """The length in seconds and the peak of the longest and the loudest of them, at least a sample and 1/100."""
+    """The length in seconds and the peak of the longest and the loudest of waveforms `(samples,)`, at least a sample
+    and 1/100."""
     longest = max((len(one) for one in signals), default=1)
     loudest = max((float(np.abs(one).max(initial=0.0)) for one in signals), default=0.0)
     return max(longest, 1) / sample_rate, max(loudest, 0.01)

@@ -95,6 +95,7 @@ def recordings(name: str | Path, *of: Any) -> list[Recording]:
 
 
 def is_manifest(name: str | Path) -> bool:
+    """Whether a name is that of a manifest, by its ending."""
     return Path(name).suffix.lower() in ENDINGS
 
 

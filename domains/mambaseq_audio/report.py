@@ -166,7 +166,7 @@ def asked_as(loaded: LoadedModel, name: str, number: int) -> str:
 
 
 def real_clips(data: ClipData) -> dict[str, np.ndarray]:
-    """The first test clip of each condition, as a waveform."""
+    """The first test clip of each condition, as a waveform `(samples,)`, by what the condition is called."""
     test = data.test()
     assert test is not None
     conditions: Any = test.conditions

@@ -14,17 +14,17 @@ _COMPLEMENT = np.array([3, 2, 1, 0])
 
 
 def n_share(ids: np.ndarray) -> float:
-    """The share of N, 0 to 1, in ids of a base tokenizer, in either case."""
+    """The share of N, 0 to 1, in ids `(length,)` of a base tokenizer, in either case; 0 without any."""
     return float(np.mean(fold_case(ids) == N)) if len(ids) else 0.0
 
 
 def soft_mask_share(ids: np.ndarray) -> float:
-    """The share of lower case, 0 to 1, in ids of `BaseTokenizer("keep")`."""
+    """The share of lower case, 0 to 1, in ids `(length,)` of `BaseTokenizer("keep")`; 0 without any."""
     return float(np.mean(is_lowercase(ids))) if len(ids) else 0.0
 
 
 def gc_share(ids: np.ndarray) -> float:
-    """The share of C and G, 0 to 1, among the bases that are not N; 0 without any."""
+    """The share of C and G, 0 to 1, among the bases of ids `(length,)` that are not N; 0 without any."""
     counts = np.bincount(fold_case(ids), minlength=len(BASES))
     return float((counts[1] + counts[2]) / max(int(counts[:N].sum()), 1))
 

@@ -51,7 +51,7 @@ def stretches_without_n(ids: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 
 def known_stretches(store: TokenStore) -> np.ndarray:
-    """`stretches_without_n` of all tokens of a store, found at first use and kept with it."""
+    """`stretches_without_n` of all tokens of a store, `(stretches, 2)` int64, found at first use and kept with it."""
     return store.kept("stretches-without-n", lambda: stretches_without_n(store.tokens, 0, len(store.tokens))).reshape(
         -1, 2
     )

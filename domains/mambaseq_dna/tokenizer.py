@@ -40,7 +40,8 @@ def _encoding(lowercase: str) -> np.ndarray:
 
 
 def fold_case(ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Ids of a `lowercase="keep"` tokenizer → ids of a `"fold"` one (0..4). out: where uint8 ids go, not `ids`."""
+    """Ids of a `lowercase="keep"` tokenizer, of any shape, to ids of a `"fold"` one (0..4), of their dtype. out: where
+    uint8 ids go, not `ids`."""
     ids = np.asarray(ids)
     if ids.dtype != np.uint8:
         return ids % len(BASES)
@@ -49,14 +50,16 @@ def fold_case(ids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 
 
 def complement(folded: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Ids 0..4, uint8 → ids of the complementary bases, in the same order. out: where they go, `folded` itself too."""
+    """Ids 0..4, uint8 of any shape, to ids of the complementary bases, in the same order. out: where they go, `folded`
+    itself too."""
     # N, 4, becomes 7 first, and the other number is 4 there and larger elsewhere; NumPy's minimum of an array and a
     # single number is ten times slower than that of two arrays
     return np.minimum(np.bitwise_xor(folded, np.uint8(3)), np.bitwise_or(folded, np.uint8(N)), out=out)
 
 
 def is_lowercase(ids: np.ndarray) -> np.ndarray:
-    """Where a `lowercase="keep"` tokenizer saw lower case (repeats, in soft-masked genomes); bool."""
+    """Where a `lowercase="keep"` tokenizer saw lower case (repeats, in soft-masked genomes): bool, in the shape of the
+    ids."""
     return ids >= len(BASES)
 
 

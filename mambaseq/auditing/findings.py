@@ -104,7 +104,7 @@ def _shared_record(one: Shared) -> dict[str, Any]:
 
 
 def histogram(shares: np.ndarray) -> list[int]:
-    """How many shares are in each of `BINS`."""
+    """How many shares, `(n,)`, are in each of `BINS`."""
     places = np.searchsorted([edge for edge, _ in BINS], shares, side="left")
     return np.bincount(places, minlength=len(BINS)).tolist()
 

@@ -112,7 +112,8 @@ def _attention_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of transformers' class to ours; maps that are one here are joined."""
+    """Tensors by transformers' names to ours; maps that are one here are joined. Raises UserError where a part of one
+    is missing."""
     fixed = {theirs: mine for mine, theirs in _FIXED.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

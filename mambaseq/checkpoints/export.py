@@ -217,6 +217,7 @@ def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str
 
 
 def cannot_be_read(path: Path, error: Exception) -> UserError:
+    """The error for weights that are damaged."""
     return UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.")
 
 

@@ -13,7 +13,8 @@ from mambaseq.importing import uncollected
 
 
 def resolve(name: str) -> str:
-    """The full name of a recipe, given as such or as the part after the slash, if that is unique."""
+    """The full name of a recipe, given as such or as the part after the slash. Raises ConfigError for one that is
+    unknown, or not unique."""
     names = [entry.name for entry in catalog()["recipes"]]
     found = [full for full in names if name in (full, full.rpartition("/")[2])]
     if len(found) == 1:

@@ -61,7 +61,7 @@ class Spooled:
 
 
 def spooled(pieces: Iterable[np.ndarray]) -> np.ndarray | Spooled:
-    """The pieces as one sequence: in memory as long as they are short."""
+    """The pieces, `(n, ...)` each of one dtype, as one sequence: in memory while they are short, else in a file."""
     held: list[np.ndarray] = []
     rest = iter(pieces)
     for piece in rest:

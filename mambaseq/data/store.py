@@ -49,7 +49,7 @@ def smallest_dtype(vocab_size: int) -> str:
 
 
 def content_checksums(tokens: np.ndarray) -> tuple[int, int]:
-    """The checksum of tokens without another strand, twice."""
+    """The checksum of tokens, `(length,)`, without another strand, twice."""
     found = xxhash.xxh3_64_intdigest(tokens.data)
     return found, found
 

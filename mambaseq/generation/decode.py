@@ -217,6 +217,9 @@ def stream(
     Yields:
         What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`. When it is
         interrupted, a last piece comes before the KeyboardInterrupt.
+
+    Raises:
+        ConfigError: settings out of range, or that do not go together. NotFinite: logits that are not finite numbers.
     """
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_guidance(guidance)

@@ -30,7 +30,14 @@ def by_steps(
     watch: Watch | None,
     patience: float,
 ) -> Iterator[Tensor]:
-    """One token of each sequence at a time, up to where all have ended; see `stream`."""
+    """One token of each sequence at a time, up to where all have ended; see `mambaseq.generation.decode.stream`.
+
+    logits: what the head told of the prompts' last positions, `(sequences, ...)`. next_token: the token `(sequences,)`
+        int64, or `(sequences, codes)`, at a place of what is added, from what the head tells. watch: of texts that end
+        a sequence, None for none. patience: seconds after which tokens are given on.
+
+    Yields pieces `(sequences, n)` int64, or `(..., codes)`. Raises NotFinite for logits that are not finite numbers.
+    """
     device = logits.device
     out: list[Tensor] = []
     last: Tensor | None = None
@@ -97,7 +104,13 @@ def by_stretches(
     stop_ids: Collection[int],
     watch: Watch | None,
 ) -> Iterator[Tensor]:
-    """The tokens from the first one on, up to where all sequences have ended; settings: temperature, top_k, top_p."""
+    """The tokens from the first one on, up to where all sequences have ended, by one kernel for many positions.
+
+    token: the first of each sequence, `(sequences,)` int64. settings: temperature, top_k, top_p. draws: random numbers,
+        None for the likeliest tokens.
+
+    Yields pieces `(sequences, n)` int64. Raises NotFinite for logits that are not finite numbers.
+    """
     stops = torch.tensor(sorted(stop_ids), device=token.device)
     tokens, left = token[:, None], max_new_tokens
     ended = torch.full_like(token, -1)  # the stop with which each sequence has ended

@@ -21,7 +21,7 @@ class Row(Protocol):
 
 
 def parts(row: Row, size: int = _PART) -> Iterator[np.ndarray]:
-    """A sequence in parts of at most `size` positions."""
+    """A sequence, `(length, ...)`, in parts of at most `size` positions."""
     for start in range(0, len(row), size):
         yield row[start : start + size]
 

@@ -33,8 +33,11 @@ def prefill(
     a long prompt's would not fit. They are read in parts and the state passed on, so memory does not grow with them.
     Prompts of several lengths are packed, so that nothing is padded.
 
-    state: what was read before, of prompts of one length; it stays as it is. cuda_graph: on a CUDA device, parts of a
-        shape that came before are replayed from a CUDA graph (see `generation/read_graphs.py`).
+    condition: `(batch,)` int64, or `(batch, conditions)` rows (see `Batch`). state: what was read before, of prompts of
+        one length; it stays as it is. cuda_graph: on a CUDA device, parts of a shape that came before are replayed from
+        a CUDA graph (see `generation/read_graphs.py`).
+
+    Raises ConfigError for an empty prompt, and for prompts of several lengths that go on from a state.
     """
     if not len(prompts) or not min(prompts.lengths):
         raise ConfigError("Generation needs a prompt of at least one token for each sequence.")

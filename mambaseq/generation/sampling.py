@@ -148,7 +148,8 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), float64, of streams (`Draws.keys`, uint64) at their steps from 0 on, uint64."""
+    """Numbers in [0, 1), float64, of streams at their steps from 0 on. keys (`Draws.keys`) and steps: uint64, of shapes
+    that broadcast to that of the numbers."""
     bits = _mix(keys + _GAMMA * (steps + np.uint64(1))) >> np.uint64(32)
     found: np.ndarray = bits.astype(np.float64) * 2.0**-32
     return found

@@ -100,6 +100,7 @@ def continue_values(
 
 
 def distribution(model: SequenceModel, logits: Tensor) -> Distribution:
-    """The head's distribution of the next values."""
+    """The head's distribution of the next values `(..., n_channels)`, from what it tells; see its own `distribution`,
+    without which logits are the values."""
     make = getattr(model.head, "distribution", None)
     return Point(logits) if make is None else make(logits)

@@ -106,7 +106,8 @@ def forward_in_time(arguments: Any, over_time: tuple[str, ...], of_sequences: tu
 
 
 def sums(values: Tensor) -> Tensor:
-    """Those up to each one of the last axis but one. (`cumsum` on a GPU is refused where results must repeat.)"""
+    """Those up to each one of the last axis but one, in the shape and dtype of the values. (`cumsum` on a GPU is
+    refused where results must repeat.)"""
     n, width = values.shape[-2], 64
     if n <= width:
         return torch.ones(n, n, dtype=values.dtype, device=values.device).tril() @ values

@@ -87,7 +87,8 @@ def explain(op: Op, arguments: Any) -> list[tuple[str, str | None]]:
 
 
 def relative_rms_error(actual: Tensor, expected: Tensor) -> float:
-    """`rms(actual - expected) / rms(expected)` in double precision; NaN if `actual` holds one."""
+    """`rms(actual - expected) / rms(expected)` in double precision, of two tensors of one shape: the error itself where
+    `expected` is 0, NaN if `actual` holds one."""
     wide = torch.complex128 if expected.is_complex() else torch.float64
     actual, expected = actual.to(wide), expected.to(wide)
     if expected.numel() == 0:

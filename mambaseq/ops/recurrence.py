@@ -25,7 +25,8 @@ def tree(length: int) -> Iterator[tuple[slice, slice, int, bool]]:
 
 
 def linear_scan_(decay: Tensor, h: Tensor) -> Tensor:
-    """h_t ← decay_t h_{t-1} + h_t along axis 1, in place; `decay`, which broadcasts to h, is overwritten."""
+    """h_t ← decay_t h_{t-1} + h_t along axis 1 of `(batch, length, ...)`, in place, which it returns; `decay`, which
+    broadcasts to h, is overwritten."""
     for to, by, _, up in tree(h.shape[1]):
         h[:, to] += decay[:, to] * h[:, by]
         if up:

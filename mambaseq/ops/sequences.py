@@ -69,7 +69,8 @@ def check(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
 
 def offsets(cu_seqlens: Tensor, length: int) -> list[int]:
-    """The values of `cu_seqlens` on the host (a GPU waits), checked: from 0 to `length`, never falling."""
+    """The values of `cu_seqlens`, `(sequences + 1,)`, on the host (a GPU waits). Raises ValueError unless they rise, or
+    stay, from 0 to `length`."""
     values: list[int] = cu_seqlens.tolist()
     if values[0] != 0 or values[-1] != length or any(b < a for a, b in itertools.pairwise(values)):
         raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, not {_shortened(values)}")
@@ -77,7 +78,7 @@ def offsets(cu_seqlens: Tensor, length: int) -> list[int]:
 
 
 def flipped(cu_seqlens: Tensor) -> Tensor:
-    """`cu_seqlens` of the row read backwards: the last sequence comes first."""
+    """`cu_seqlens`, `(sequences + 1,)`, of the row read backwards: the last sequence comes first."""
     return (cu_seqlens[-1] - cu_seqlens).flip(0)
 
 

@@ -19,7 +19,8 @@ def numbers(step: Tensor, batch_size: int) -> Tensor:
 
 
 def drawn(draw: Callable[[int, Tensor], tuple[Tensor, Tensor]], batch_size: int, seed: int) -> BatchOf:
-    """Batches from a function of seed and item numbers; no item comes twice."""
+    """Batches from a function of the seed and item numbers `(batch_size,)` int64 to inputs and targets, whose first
+    dimension is the item; no item comes twice."""
 
     def batch_of(step: Tensor) -> Batch:
         inputs, targets = draw(seed, numbers(step, batch_size))

@@ -80,7 +80,7 @@ def reproduce(
     """Run all trials of a recipe that are not finished, with these seeds or its default number.
 
     part: the report covers only a part. data: the folder of files that users bring. minutes, steps: see `Context`.
-    Returns 0.
+    Returns 0. Raises UserError for minutes or steps that mean nothing to the recipe, and for a folder of another one.
     """
     recipe: Recipe = catalog()["recipes"].get(name)
     if minutes is not None and not recipe.by_clock:

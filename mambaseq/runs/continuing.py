@@ -148,6 +148,7 @@ def numbers_of(batch: Sequence[Job]) -> torch.Tensor:
 
 
 def conditions_of(batch: Sequence[Job], place: torch.device) -> torch.Tensor | None:
+    """The condition of each job, `(jobs,)` int64 ids or `(jobs, conditions)` rows; None where there is none."""
     if batch[0].condition is None:
         return None
     return torch.tensor([job.condition for job in batch], device=place)
@@ -230,8 +231,8 @@ def _same(batch: Sequence[Job], other: Sequence[Job]) -> bool:
 
 
 def ended(row: np.ndarray, begin: int, stop_ids: Sequence[int]) -> np.ndarray:
-    """The sequence up to its first stop from position `begin` on. What follows was generated only because others in the
-    batch were longer."""
+    """The sequence `(length, ...)` up to its first stop from position `begin` on. What follows was generated only
+    because others in the batch were longer."""
     if not stop_ids:
         return row
     stops = np.flatnonzero(np.isin(row[begin:], list(stop_ids)))

@@ -158,6 +158,7 @@ class plain_interrupts:
 
 
 def interrupted(folder: Path, what: str) -> Outcome:
+    """What comes of a run that was interrupted: `what` happened, and how it goes on."""
     return Outcome("interrupted", f"{what} Resume with: mambaseq fit --resume {folder}")
 
 

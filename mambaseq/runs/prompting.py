@@ -169,7 +169,10 @@ def _prompt(values: Row, record: Record, file: str, number: int, conditions: Con
 def ids_of(
     loaded: LoadedModel, prompt: str | None, sources: Sequence[Path], conditions: Conditions, only: int | None = None
 ) -> list[Prompt]:
-    """Ids `(length,)` of each prompt: every record of its files, or the text itself. only: the record of one number."""
+    """Ids `(length,)` of each prompt: every record of its files, or the text itself. only: the record of one number.
+
+    Raises UserError for a prompt, a file or a record that cannot be used, NoSuchRecord for a number that is not there.
+    """
     card = loaded.card
     if sources:
         assert card.reader is not None
@@ -354,6 +357,7 @@ def _is_folder(prompt: str) -> bool:
 
 
 def is_file(prompt: str) -> bool:
+    """Whether a prompt is the name of a file that is there."""
     try:
         return Path(prompt).is_file()
     except OSError:  # too long for a file's name

@@ -24,6 +24,7 @@ LIMITS = {"max_steps": "trainer.max_steps", "max_epochs": "trainer.max_epochs"}
 
 
 def say(folder: RunFolder, text: str) -> None:
+    """Tell the user something about a run."""
     print(f"{folder.path}: {text}", file=sys.stderr, flush=True)
 
 
@@ -41,6 +42,7 @@ def read_record(folder: RunFolder) -> DataRecord | None:
 
 
 def write_record(folder: RunFolder, record: DataRecord) -> None:
+    """Write what a run's data are, atomically."""
     with atomic_file(folder.data, "w", encoding="utf-8") as file:
         file.write(json_text(record.plain(), indent=2, ensure_ascii=False) + "\n")
 
@@ -96,7 +98,8 @@ def check_changed_data(folder: RunFolder, record: DataRecord, *, allow_changed: 
 
 
 def is_over(checkpoint: dict[str, Any], trainer: lightning.Trainer) -> str:
-    """The setting by which the run is over at its checkpoint ("trainer.max_steps"); "" if it is not over."""
+    """The setting by which the run is over at its checkpoint ("trainer.max_steps"); "" if it is not over. Raises
+    UserError for a checkpoint that does not say how many epochs are done."""
     try:
         epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     except (KeyError, TypeError) as error:

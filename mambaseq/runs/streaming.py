@@ -139,7 +139,11 @@ class _Result:
 
 
 def written(plan: Plan, out: Path, writer: StreamingWriter, options: dict[str, Any], pictures: int) -> list[Path]:
-    """Generate and write; see `generate_to`."""
+    """Generate and write; see `mambaseq.runs.generation.generate_to`. writer, options: as `loading.writer_of` gives
+    them.
+
+    Returns the files. Raises Interrupted, with those that were begun, for a KeyboardInterrupt.
+    """
     jobs = plan.jobs
     count = n_sequences(jobs)
     files = writer.files(out, count)

@@ -62,7 +62,8 @@ from mambaseq.tasks.task import Task
 
 
 def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) -> ModelCard:
-    """The description that is saved with the weights."""
+    """The description that is saved with the weights. spec: see `mambaseq.models.build_model`. Raises ConfigError for a
+    dataset whose tokenizer has no name."""
     tokenizer = None
     if data.tokenizer is not None:
         if data.tokenizer_name is None:

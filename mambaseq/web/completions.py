@@ -152,7 +152,8 @@ def parse(body: dict[str, Any], service: Service, chat: bool = False) -> Complet
 
 
 def prompts_of(prompt: Any, service: Service) -> list[str | list[int]]:
-    """The prompts: a text, a list of ids, or a list of either. None is the start of a text."""
+    """The prompts: a text, a list of ids, or a list of either. None is the start of a text. Raises ConfigError for
+    anything else."""
     if prompt is None:
         return [service.start_ids]
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
@@ -163,7 +164,7 @@ def prompts_of(prompt: Any, service: Service) -> list[str | list[int]]:
 
 
 def ids_of(prompt: Any, service: Service) -> np.ndarray:
-    """`(length,)` int64."""
+    """A prompt's ids, `(length,)` int64. Raises ConfigError for what is neither a text nor a list of ids."""
     if isinstance(prompt, str):
         return np.asarray(service.tokenizer.encode(prompt), dtype=np.int64)
     if not isinstance(prompt, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in prompt):

@@ -141,6 +141,8 @@ def kmer_frequencies(ids: np.ndarray, k: int, both_strands: bool = True) -> np.n
     ids: `(length,)` or `(sequences, length)`, A C G T N = 0..4; words with N are left out.
     both_strands: a word and its reverse complement count as one, as in double-stranded DNA. Returns `(sequences,
         words)` float32, rows of sum 1; words is 4^k, or about half of it for both strands.
+
+    Raises ConfigError for sequences that are shorter than a word.
     """
     ids = np.atleast_2d(ids)
     length = ids.shape[1]

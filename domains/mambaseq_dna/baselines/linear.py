@@ -37,8 +37,8 @@ class Fitted(NamedTuple):
 
 
 def spread_of(features: Matrix) -> tuple[np.ndarray | float, np.ndarray]:
-    """What is taken from the features (nothing from sparse ones, so that they stay sparse), and what they are divided
-    by."""
+    """What is taken from features `(rows, features)` (nothing from sparse ones, so that they stay sparse), and what
+    they are divided by: `(features,)` float64 each."""
     if sparse.issparse(features):
         square = np.asarray(features.multiply(features).mean(0)).ravel()
         deviation = np.sqrt(np.maximum(square - np.asarray(features.mean(0)).ravel() ** 2, 0))
@@ -115,13 +115,13 @@ def _known(targets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def as_values(targets: np.ndarray, kind: Kind) -> np.ndarray:
-    """Values, or labels as 1, -1 and NaN."""
+    """Values as they are, or labels, 1, 0 and below where unknown, as 1, -1 and NaN."""
     return targets if kind == "values" else np.where(targets < 0, np.nan, 2.0 * targets - 1)
 
 
 def goodness(outputs: np.ndarray, targets: np.ndarray, kind: Kind) -> float:
     """What baselines are chosen by on the validation set: accuracy of classes (then likelihood), else minus the squared
-    error."""
+    error. outputs `(rows, n)`; targets `(rows,)` of classes, else `(rows, n)`, unknown ones left out."""
     if kind == "labels":
         known = targets >= 0
         said, true = outputs[known], targets[known]

@@ -124,7 +124,7 @@ def answered(model: nn.Module, examples: Examples) -> np.ndarray:
 
 
 def scaled_values(train: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each value, over the known ones."""
+    """Mean and standard deviation of each value, `(values,)` each, over the known ones; 1 in place of a 0."""
     values = as_values(train.targets, train.kind)
     deviation = np.nanstd(values, axis=0)
     return np.nanmean(values, axis=0), np.where(deviation > 0, deviation, 1.0)

@@ -50,6 +50,8 @@ def kmer_baseline(
 
     regularisation: C of scikit-learn's LogisticRegression on standardised frequencies; the default is the best on the
         validation windows of the shipped species, of 1e-5 ... 1e-2, at 1 kb and at 4 kb.
+
+    Raises ConfigError for data without a test set.
     """
     test = data.test()
     if test is None:

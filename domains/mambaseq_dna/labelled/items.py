@@ -20,7 +20,8 @@ _STRANDS = 1  # added to the seed of the order, so that strands are drawn by oth
 
 
 def fitted(places: np.ndarray, length: int, align: Align, pad: bool) -> np.ndarray:
-    """Places with at most `length` bases, or, with `pad`, exactly as many: what is outside of a record is N.
+    """Places, `(records, 5)` int64, with at most `length` bases, or, with `pad`, exactly as many: what is outside of a
+    record is N.
 
     places: see `Source`. align: the part that is kept, or where the sequence stands between N, in reading order of its
         own strand.

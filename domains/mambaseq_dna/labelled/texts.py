@@ -16,6 +16,7 @@ Where = Callable[[int], str]
 
 
 def is_missing(text: str) -> bool:
+    """Whether a cell says that its value is not known."""
     return text.strip().lower() in MISSING
 
 

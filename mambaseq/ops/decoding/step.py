@@ -199,6 +199,9 @@ def causal_conv_update_(
 
     Returns:
         y `(batch, channels)` in the dtype of x.
+
+    Raises:
+        ValueError: another activation.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {shown(activation)}")

@@ -15,6 +15,7 @@ CHUNK_ELEMENTS = 1 << 24
 
 
 def why_not_cpu(arguments: LossArguments) -> str | None:
+    """The reason why this cannot run these arguments, or None."""
     device = arguments.hidden.device
     return None if device.type == "cpu" else f"hidden is on {device}"
 

@@ -17,5 +17,7 @@ def run(arguments: LossArguments) -> Any:
 
 
 def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The sum of the cross-entropies, a scalar in the working precision: hidden `(rows, d_model)`, weight `(vocabulary,
+    d_model)`, labels `(rows,)` int64."""
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.to(working_dtype(logits)), labels, ignore_index=ignore_index, reduction="sum")

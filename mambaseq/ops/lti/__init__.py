@@ -56,6 +56,8 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
         bilinear  Abar = (1 + dt A / 2) / (1 - dt A / 2)  Bbar = dt / (1 - dt A / 2) · B
         mamba     Abar = exp(dt A)                        Bbar = dt B
 
+    The first two as in S4D (arXiv:2206.11893), the last one as in Mamba (arXiv:2312.00752).
+
     Args:
         dt: `(channels,)`.
         A, B: `(channels, d_state)`, real or complex.
@@ -63,6 +65,9 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, discretization: Discretization 
     Returns:
         two tensors `(channels, d_state)`. The bilinear rule makes a real Abar negative where dt A < -2, so
         its logarithm is complex, also for real A.
+
+    Raises:
+        ValueError: another discretization.
     """
     z = dt[:, None] * A  # (channels, d_state)
     if discretization == "zoh":

@@ -21,7 +21,8 @@ def state_behind(x: Tensor, log_decay: Tensor, B: Tensor) -> Tensor:
 
 
 def gradient_before(dy: Tensor, log_decay: Tensor, C: Tensor, z: Tensor | None = None) -> Tensor:
-    """The gradient of the state before these positions that dy, of their outputs gated by z, makes."""
+    """The gradient of the state before these positions, `(batch, channels, d_state)`, that dy `(batch, length,
+    channels)`, of their outputs gated by z, makes. log_decay, C `(channels, d_state)`: of a step."""
     wide = working_dtype(dy)
     values = dy.detach().to(wide)
     if z is not None:

@@ -10,6 +10,7 @@ from mambaseq.ops.norm.arguments import AddNormArguments
 
 
 def why_not_cpu(arguments: AddNormArguments) -> str | None:
+    """The reason why this cannot run these arguments, or None."""
     device = arguments.residual.device
     return None if device.type == "cpu" else f"residual is on {device}"
 

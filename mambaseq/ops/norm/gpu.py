@@ -48,6 +48,7 @@ def _why_not(width: int, tensors: tuple[Tensor, ...], out_dtype: torch.dtype | N
 
 
 def run_add(arguments: AddNormArguments) -> tuple[Tensor, Tensor]:
+    """(y, new residual), see `reference.run_add`."""
     x, residual, weight, eps, out_dtype = arguments
     out_dtype = weight.dtype if out_dtype is None else out_dtype
     call = _AddNorm.apply if is_eager(x, residual, weight) else _add_op
@@ -56,6 +57,7 @@ def run_add(arguments: AddNormArguments) -> tuple[Tensor, Tensor]:
 
 
 def run_gated(arguments: GatedNormArguments) -> Any:
+    """(y,), see `reference.run_gated`."""
     x, z, weight, eps, _, norm_before_gate = arguments
     call = _GatedNorm.apply if is_eager(x, z, weight) else _gated_op
     return (call(x, z, weight, eps, arguments.width, norm_before_gate)[0],)
