@@ -150,7 +150,7 @@ def main() -> None:
     out: Path = options.out.absolute()
     genomes = out / "genomes"
     if not all((genomes / f"{species}.fa").is_file() for species in SPECIES.values()):
-        extract(options.data, genomes, 256)
+        extract(None if options.tiny else options.data, genomes, 256)
     start = ["--config", str(out / "c.yaml")]
     (out / "c.yaml").write_text(json_text(config(genomes, options.steps, options.tiny)))  # which is YAML
     split = [f"--model.backbone.context_parallel={options.devices}", f"--trainer.devices={options.devices}"]
