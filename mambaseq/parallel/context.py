@@ -78,6 +78,7 @@ class Context:
                 for colour in range(2 + self.size % 2):
                     self._links[back, colour] = self._new_group(timeout)
             self._gathers = self._new_group(timeout)
+            self._connect(torch.device("cuda", torch.cuda.current_device()))
 
     def _new_group(self, timeout: datetime.timedelta | None) -> Any:
         """Another communicator of the same ranks. Its kernels come first where others fill the GPU, for a state is
@@ -89,6 +90,18 @@ class Context:
             options._timeout = timeout
         ranks = dist.get_process_group_ranks(self.group)
         return dist.new_group(ranks, timeout, pg_options=options, use_local_synchronization=True)
+
+    def _connect(self, device: torch.device) -> None:
+        """Use each link once. NCCL connects two ranks where both first come to a link, and until then the one that
+        comes first does nothing else: two that sent to each other would wait for ever. Links of one colour have no rank
+        in common, so that here none waits for another link."""
+        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        message = torch.zeros(_ALIGNED, dtype=torch.uint8, device=device)
+        for (back, colour), link in self._links.items():
+            for first, other in ((before, before), (self.rank, after)):
+                if self._colour(first) == colour:
+                    sends = (first == self.rank) != back
+                    (link.send if sends else link.recv)([message], other, 0).wait()
 
     def split(
         self,
@@ -152,10 +165,11 @@ class Context:
     def _link(self, source: int, to: int, back: bool) -> Any:
         if not self._makes_links:
             return self.group
-        # the link between a rank and its next, whichever way: by the first of the two
-        first = to if back else source
-        colour = 2 if self.size % 2 and first == self.size - 1 else first % 2
-        return self._links[back, colour]
+        return self._links[back, self._colour(to if back else source)]
+
+    def _colour(self, first: int) -> int:
+        """Of the links between a rank and its next, whichever way."""
+        return 2 if self.size % 2 and first == self.size - 1 else first % 2
 
     def _forget_done(self) -> None:
         if self._makes_links:  # gloo's do not know of their end before somebody waits for it

@@ -3,7 +3,9 @@ split is refused by name."""
 
 from __future__ import annotations
 
+import collections
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -356,6 +358,42 @@ def test_messages_that_may_wait_for_each_other_have_links_of_their_own(size: int
         # both ends of a link mean the same
         context.rank = after
         assert context._link(rank, after, False) == of[1]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_links_are_connected_without_a_wait_for_another(size: int) -> None:
+    """Each is used by both of its ranks, which meet there."""
+    meetings: dict[Any, threading.Barrier] = collections.defaultdict(lambda: threading.Barrier(2, timeout=5))
+    met: list[Any] = []
+
+    class Link:
+        def __init__(self, key: tuple[bool, int], rank: int) -> None:
+            self.key, self.rank = key, rank
+
+        def send(self, tensors: Any, to: int, tag: int, sends: bool = True) -> Any:
+            ends = (self.rank, to) if sends else (to, self.rank)
+            with lock:
+                meeting = meetings[self.key, ends]
+                met.append((self.key[0], ends))
+            meeting.wait()
+            return type("Work", (), {"wait": lambda self: None})()
+
+        def recv(self, tensors: Any, source: int, tag: int) -> Any:
+            return self.send(tensors, source, tag, sends=False)
+
+    lock = threading.Lock()
+
+    def on(rank: int) -> None:
+        context = copy.copy(contexts(2)[0])
+        context.size, context.rank = size, rank
+        keys = [(back, colour) for back in (False, True) for colour in range(2 + size % 2)]
+        context._links = {key: Link(key, rank) for key in keys}
+        context._connect(torch.device("cpu"))
+
+    on_ranks(size, on)
+    ring = [(rank, (rank + 1) % size) for rank in range(size)]
+    both = [(False, ends) for ends in ring] + [(True, ends[::-1]) for ends in ring]
+    assert sorted(met) == sorted(2 * both)
 
 
 def test_a_batch_is_shared_with_its_conditions_and_its_units() -> None:
