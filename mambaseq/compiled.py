@@ -14,8 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 
 from mambaseq.resources import why_unsafe
+from mambaseq.waiting import Told
+
+
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Says that kernels are compiled, and not taken from disk."""
+
+    def __init__(self) -> None:
+        self.told = Told("kernels for the CPU are compiled; the next run takes them from disk")
+
+    def on_start(self, event: Any) -> None:
+        self.told.__enter__()
+
+    def on_end(self, event: Any) -> None:
+        self.told.__exit__(None, None, None)
+
+
+compiling = _Compiling()
+event.register("numba:compile", compiling)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,11 +164,15 @@ def generate_text(
     if begun is None:
         begun = Begun.of(plan.loaded.model, np.asarray(job.prompt.values[:]), job.condition, place, plan.hidden)
     conversation = Conversation(plan.loaded, begun, plan.new, plan.settings)
-    write(tokenizer.decode(begun.ids[begun.hidden :]))
+    beginning = tokenizer.decode(begun.ids[begun.hidden :])
     if lines is None:
-        for text in conversation.answer():
+        answer = conversation.answer()
+        first = next(answer, "")  # before anything is shown: kernels may be compiled for it, which is said
+        write(beginning)
+        for text in itertools.chain([first], answer):
             write(text)
         return plan.settings.get("draft")
+    write(beginning)
     converse(conversation, lines, write, options.get("prompt", options.get("prompt_text")) is not None)
     if save_state is not None:
         keep(conversation.begun, save_state, plan.loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from runs.test_prediction import DNA, TEXT, classifier, language_model, saved, s
 from mambaseq.cli.main import main
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError
+from mambaseq.runs.conversation import Conversation
 from mambaseq.runs.generation import generate_to
 from mambaseq.runs.run import load
 
@@ -391,3 +393,19 @@ def test_beams_find_likelier_results(tmp_path: Path) -> None:
     assert alone == texts[2:3]
     one = generated(model, tmp_path / "c.jsonl", *options, "--beams", "1")
     assert one == generated(model, tmp_path / "d.jsonl", *options, "--temperature", "0")
+
+
+def test_the_prompt_is_shown_with_the_first_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels may be compiled for it, and what is said of that stands before the text."""
+    model = language_model(tmp_path / "m")
+    answer = Conversation.answer
+
+    def watched(self: Conversation) -> Iterator[str]:
+        for number, text in enumerate(answer(self)):
+            assert bool(capsys.readouterr().out) == bool(number)
+            yield text
+
+    monkeypatch.setattr(Conversation, "answer", watched)
+    assert main(["generate", "--checkpoint", str(model), "--device", "cpu", "-n", "8", "--prompt-text", "To be"]) == 0
