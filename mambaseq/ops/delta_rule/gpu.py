@@ -63,7 +63,8 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
     wide = 1 if dtype == torch.bfloat16 else 2
     whole = d_key <= 128 and d_value > 64 and wide == 1  # all rows of a state, one program a processor
     walk = Shape(4 if d_key <= 128 else 8, 3 if d_key <= 128 and wide == 1 else 2, 64 // wide)
-    walk_back = Shape(8, 2 if channels else 3, 128) if whole else walk._replace(stages=2 // wide)
+    few = wide == 2 or (channels and d_key > 128)  # of the tiles find room
+    walk_back = Shape(8, 2 if channels else 3, 128) if whole else walk._replace(stages=1 if few else 2)
     if channels:
         walk = Shape(8, 3, 128) if whole else walk._replace(stages=2)
     return Plan(
@@ -72,7 +73,7 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
         output=Shape(4, 1, 128 // wide, 128),
         walk_back=walk_back,
         gradients=Shape(8, 1, 64 // wide, 128 // wide),
-        of_channels=Shape(8, 1, 64 // wide, 64 // wide),
+        of_channels=Shape(8, 1, 64 // wide, 32),
     )
 
 
@@ -95,8 +96,9 @@ def why_not_these(arguments: DeltaArguments) -> str | None:
             return f"{name} is float64, the kernels compute in float32"
     if v.numel() == 0 or k.numel() == 0:
         return "k or v is empty"
-    if k.shape[3] > _MOST:
-        return f"keys have {k.shape[3]} channels, the kernels take {_MOST}"
+    most = _MOST // 2 if v.dtype == torch.float32 else _MOST  # registers hold no more
+    if k.shape[3] > most:
+        return f"keys have {k.shape[3]} channels, the kernels take {most} in {v.dtype}"
     if v.shape[1] >= _LONGEST:
         return "a row is longer than 2^30"
     return None
