@@ -100,8 +100,9 @@ def test_the_zero_order_hold_and_stretches_compile() -> None:
         assert len(nvrtc.compile_to_cubin(discretise.FILE.read_text(), {"COMPLEX": is_complex}, "80")) > 1000
     every = [stretch.Phase(kind, 0, 8, 8, flags=stretch.GLU | stretch.COMPLEX, pool=kind - 1) for kind in range(7)]
     for phases, batch in ((every, 1), (every[:3], 64)):
+        source = "".join(path.read_text() for path in stretch.FILES)
         settings = stretch.macros(phases, 50, stretch.Shares.of(phases, batch, 132, 101_376))
-        assert len(nvrtc.compile_to_cubin(stretch.FILE.read_text(), settings, "80")) > 1000
+        assert len(nvrtc.compile_to_cubin(source, settings, "80")) > 1000
 
 
 def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mambaseq.ops.gpu import nvrtc
 from mambaseq.ops.selective_scan.launches import processors, room
 
-FILE = Path(__file__).parent / "stretch.cu"
+FILES = tuple(Path(__file__).parent / f"{name}.cu" for name in ("stretch_common", "stretch_rows", "stretch"))
 LINEAR, OUT, MAMBA, LTI, GATED, CONV, SCAN = range(7)  # kinds of phases
 EMBEDS, GLU, COMPLEX, SWIGLU = 1, 2, 4, 8  # flags
 WIDEST = 1024  # numbers of a vector, a multiple of 4
@@ -291,7 +291,7 @@ def _power_of_two(n: int) -> int:
 def _kernel(settings: tuple[tuple[str, int], ...], device: int, phases: int) -> nvrtc.Kernel:
     macros = dict(settings)
     shared = shared_bytes(macros["SEQUENCES"], macros["ROOM"], phases)
-    return nvrtc.kernel((FILE,), "stretch", macros, macros["THREADS"], shared, device, cooperative=True)
+    return nvrtc.kernel(FILES, "stretch", macros, macros["THREADS"], shared, device, cooperative=True)
 
 
 def _room(phases: list[Phase], vocabulary: int) -> int:
