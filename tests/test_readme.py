@@ -36,6 +36,7 @@ def published(folder: Path) -> None:
     torch.save(to_upstream(weights(causal_lm(vocab_size=40, d_model=16, n_layers=2))), folder / "pytorch_model.bin")
 
 
+@pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, doctor's kernels for GPUs take seconds each

@@ -36,8 +36,8 @@ def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, inputs: launches.Input
     [
         (torch.bfloat16, 16, 128, True),
         (torch.float32, 8, 65, False),
-        pytest.param(torch.float16, 3, 64, True, marks=pytest.mark.slow),
-        pytest.param(torch.float32, 16, 64, True, marks=pytest.mark.slow),
+        (torch.float16, 3, 64, True),
+        (torch.float32, 16, 64, True),
     ],
 )
 def test_compile(
@@ -59,9 +59,9 @@ def test_compile(
     ("wide", "d_state", "constant"),
     [
         (torch.complex64, 16, ""),
-        pytest.param(torch.float32, 8, "BC", marks=pytest.mark.slow),
-        pytest.param(torch.complex64, 3, "B", marks=pytest.mark.slow),
-        pytest.param(torch.complex64, 8, "C", marks=pytest.mark.slow),
+        (torch.float32, 8, "BC"),
+        (torch.complex64, 3, "B"),
+        (torch.complex64, 8, "C"),
     ],
 )
 def test_complex_and_constant_ones_compile(
@@ -201,8 +201,8 @@ def test_gradients_in_bf16_fit_into_smaller_gpus() -> None:
     [
         (torch.bfloat16, 16, True, True),
         (torch.float32, 1, False, False),
-        pytest.param(torch.float32, 64, True, True, marks=pytest.mark.slow),
-        pytest.param(torch.float16, 33, False, True, marks=pytest.mark.slow),
+        (torch.float32, 64, True, True),
+        (torch.float16, 33, False, True),
     ],
 )
 def test_lti_compiles(
