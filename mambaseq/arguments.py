@@ -23,7 +23,7 @@ class Arguments(argparse.ArgumentParser):
             self._refuse(left)
         return parsed
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's."""
         self._given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)

@@ -20,7 +20,7 @@ from mambaseq.resources import why_unsafe
 from mambaseq.waiting import Told
 
 
-class _Compiling(event.Listener):  # type: ignore[misc]
+class _Compiling(event.Listener):
     """Says that kernels are compiled, and not taken from disk."""
 
     def __init__(self) -> None:

@@ -159,7 +159,7 @@ def run(argv: list[str], command: str) -> int:
     settings = {key: value for key, value in given.items() if value is not None}
     if repeat is not None:
         own = {"samples": 1, "seed": 0}  # what they are if nobody says it
-        place = {key: settings.pop(key) for key in ("device", "dtype") if key in settings}
+        place: dict[str, Any] = {key: settings.pop(key) for key in ("device", "dtype") if key in settings}
         check_alone({key: value for key, value in settings.items() if own.get(key) != value}, Path(repeat))
         settings = {**repeated(Path(repeat), checkpoint), **place}
         checkpoint = settings.pop("checkpoint")

@@ -154,7 +154,7 @@ def _keys(config: str, overrides: list[str]) -> _Keys:
         for step in part.split("."):
             holder = holder.get(step) if isinstance(holder, dict) else None
         written = holder.get("name") if isinstance(holder, dict) else None
-        name = words.get(key) or written or MODEL_PARTS.get(part.rpartition(".")[2])
+        name: Any = words.get(key) or written or MODEL_PARTS.get(part.rpartition(".")[2])
         targets[part] = catalog()[kind].entry(name).target if name in catalog()[kind] else None
     for part, target in targets.items():
         if (found := None if target is None else arguments_in(target)) is not None:
