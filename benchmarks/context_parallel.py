@@ -151,7 +151,13 @@ def main() -> None:
     else:
         # bound to a device, as Lightning does it: communicators are made at once, not when they are first used
         dist.init_process_group("nccl", device_id=device)
-    context = (ThroughCpu if options.one_gpu else Context)(dist.group.WORLD)
+    splits = not options.unchecked or not {"step", "chunks", "layers", "longest", "ways"}.isdisjoint(options.only)
+    if options.one_gpu:
+        context: Context = ThroughCpu(dist.group.WORLD)
+    elif splits or dist.get_world_size() == 1:
+        context = Context(dist.group.WORLD)
+    else:  # times alone are told
+        context = ThroughCpu(dist.new_group(backend="gloo"))
     measure = Measure(context, device, options.out, options.tiny)
     if not options.unchecked:
         check(measure)

@@ -36,7 +36,7 @@ class Echo(Context):
 
 
 class ThroughCpu(Context):
-    """All ranks on one GPU: NCCL refuses that, and gloo sends what is in memory."""
+    """By gloo, which sends what is in memory: ranks that are all on one GPU, which NCCL refuses."""
 
     def send(self, tensors: Sequence[Tensor], to: int, back: bool = False) -> None:
         super().send([tensor.cpu() for tensor in tensors], to, back)
@@ -49,6 +49,9 @@ class ThroughCpu(Context):
         device = tensors[0].device
         everyone = super().begin_gather([tensor.cpu() for tensor in tensors]).wait()
         return Heard([[tensor.to(device) for tensor in one] for one in everyone])
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [one.to(tensor.device) for one in super().gather(tensor.cpu())]
 
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         return super()._reduced(tensor.cpu(), how).to(tensor.device)
