@@ -94,10 +94,11 @@ def measure(row: Row, forward_only: bool) -> Row:
     run, place = run_of(row.contender), (row.rule, row.batch, row.length)
     arguments = inputs(*place)
     part = beginning(arguments)
+    y, *gradients = expected(*place)
     with torch.no_grad():
         if (reason := BACKENDS[row.contender].why_not(part)) is not None:
             return row._replace(note=reason)
-        error = relative_rms_error(run(part)[0], expected(*place)[0])
+        error = relative_rms_error(run(part)[0], y)
         row = row._replace(error=error)
         if not error < TOLERANCE:
             return row._replace(note="wrong, so not timed")
@@ -108,7 +109,7 @@ def measure(row: Row, forward_only: bool) -> Row:
     if (reason := BACKENDS[row.contender].why_not(wanted)) is not None:
         return row._replace(note=f"backward: {reason}")
     found = outputs_and_gradients(BACKENDS[row.contender]._replace(run=run), part)
-    errors = [relative_rms_error(a, e) for a, e in zip(found[1:], expected(*place)[1:], strict=True)]
+    errors = [relative_rms_error(a, e) for a, e in zip(found[1:], gradients, strict=True)]
     worst = max(errors, key=lambda error: (math.isnan(error), error))
     row = row._replace(error_of_gradients=worst)
     if not worst < TOLERANCE:
