@@ -34,8 +34,8 @@ def lambada(argv: list[str]) -> int:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N passages")
     given = parser.parse_args(argv)
-    model_folder(given.checkpoint)  # before anything slow is imported
     check_json(given.out)
+    model_folder(given.checkpoint)  # before anything slow is imported
     if given.limit is not None and given.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {given.limit}.")
     with uncollected(for_good=True):
@@ -67,8 +67,8 @@ def perplexity(argv: list[str]) -> int:
     )
     parser.add_argument("--each", action="store_true", help="print a line for each document, too")
     given = parser.parse_args(argv)
-    model_folder(given.checkpoint)  # before anything slow is imported
     check_json(given.out)
+    model_folder(given.checkpoint)  # before anything slow is imported
     with uncollected(for_good=True):
         from mambaseq_text.evaluating import Reader, Surprise, surprise, total
 
