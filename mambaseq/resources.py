@@ -7,6 +7,7 @@ import importlib.util
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from mambaseq.atomic import settle
@@ -42,21 +43,32 @@ def model_folder(path: str | Path) -> Path:
     """
     folder = settle(located(path))  # a run may be replacing it just now
     for place in (folder, settle(folder / "model")):
-        if os.path.isfile(place / "model.json"):  # noqa: PTH113 - False too for what cannot be a file's name
+        if _is_file(place / "model.json"):
             return place
+    near = near_folder(folder, lambda one: _is_file(one / "model.json") or _is_file(one / "model" / "model.json"))
     raise UserError(
-        f"There is no model at {str(path)[:300]}: no model.json and no model/model.json.{near_folder(folder)} Give the "
-        "folder of a run."
+        f"There is no model at {str(path)[:300]}: no model.json and no model/model.json.{near} Give the folder of a "
+        "run."
     )
 
 
-def near_folder(path: Path) -> str:
-    """`did_you_mean` among the folders beside one that is not there; "" for one that is."""
+def near_folder(path: Path, holds: Callable[[Path], bool]) -> str:
+    """`did_you_mean` for a path that is not what is wanted: a folder around it (of a file in a run), or one beside it.
+
+    holds: whether a folder is what is wanted.
+    """
+    for around in (path.parent, path.parent.parent) if os.path.exists(path) else ():  # noqa: PTH110 - False for any name
+        if holds(around):
+            return f" Did you mean {shown(around, 200)}?"
     try:
-        beside = [] if path.exists() else [one.name for one in path.parent.iterdir() if one.is_dir()]
+        beside = [one.name for one in path.parent.iterdir() if one.is_dir() and holds(one)]
     except (OSError, ValueError):
         beside = []
     return did_you_mean(path.name, beside, least=0.7)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 - False too for what cannot be a file's name
 
 
 def find(resource: str) -> Path:

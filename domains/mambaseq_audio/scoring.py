@@ -115,14 +115,7 @@ def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> flo
     Raises ConfigError for a pattern without one, and where that JSON has several conditions, none of which is called as
     the group; DataError for a name that says no class of the classifier.
     """
-    try:
-        compiled = re.compile(composed(pattern))
-    except re.error as error:
-        raise ConfigError(f"--pattern is not a regular expression ({error}): {typed(pattern)}.") from error
-    if not compiled.groupindex:
-        raise ConfigError(
-            f"--pattern {typed(pattern)} names no group. Write (?P<digit>...) around what is a clip's class."
-        )
+    compiled = _compiled(pattern)
     group, right = next(iter(compiled.groupindex)), 0
     for number, (name, answer) in enumerate(zip(clips.names, clips.log_p.argmax(1), strict=True)):
         match = compiled.search(composed(Path(name).name))
@@ -137,6 +130,18 @@ def accuracy(clips: Recognised, pattern: str, class_names: Sequence[str]) -> flo
             )
         right += class_names[answer] == said
     return right / len(clips.names)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(composed(pattern))
+    except re.error as error:
+        raise ConfigError(f"--pattern is not a regular expression ({error}): {typed(pattern)}.") from error
+    if not compiled.groupindex:
+        raise ConfigError(
+            f"--pattern {typed(pattern)} names no group. Write (?P<digit>...) around what is a clip's class."
+        )
+    return compiled
 
 
 def asked_for(settings: Path, group: str) -> str | None:
@@ -174,6 +179,8 @@ def score(
     likelihoods: the unconditional run that made the clips. Then there are also the scores of what rejection sampling
         keeps, as "NAME, kept", with the band: see `rejected`.
     """
+    if pattern is not None:
+        _compiled(pattern)  # before any clip is read
     where = choose_device(device)
     loaded, maker = load_model(classifier, where), None if likelihoods is None else load_model(likelihoods, where)
     truth = recognise(loaded, real)

@@ -21,7 +21,7 @@ from mambaseq_text.opening import characters, explained, is_utf8, not_encoded, o
 Unit = Literal["file", "paragraph", "line"]
 
 # How a user names the field or column of the text; predict and generate read that of the run's data.
-_FIELD = "(data.field of training data, --field of text commands)"
+_FIELD = "(data.field of training data, --field of text commands; predict reads the field that was trained on)"
 _JSONL, _TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 _ROWS, _BATCH_BYTES = (8, 256), 2**28
 _PIECE = 1 << 20

@@ -193,9 +193,10 @@ class RunFolder:
     def require(self) -> RunFolder:
         """Raise UserError unless there is a run here."""
         if "\0" in str(self.path) or not os.path.isfile(self.config):  # noqa: PTH113 - Path's raises for some names
+            near = near_folder(self.path, lambda folder: os.path.isfile(folder / "config.yaml"))  # noqa: PTH113 - as above
             raise UserError(
-                f"There is no run at {self.path}: config.yaml is missing.{near_folder(self.path)} Give the folder that "
-                "`mambaseq fit` made."
+                f"There is no run at {self.path}: config.yaml is missing.{near} Give the folder that `mambaseq fit` "
+                "made."
             )
         return self
 

@@ -51,6 +51,12 @@ def resolve_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    own = os.path.join(name, "config.yaml")  # noqa: PTH118 - Path's methods raise for some names
+    if os.path.isfile(own):  # noqa: PTH113
+        raise ConfigError(
+            f"{shown(name, 200)} is a run's folder. `mambaseq fit --resume {name[:200]}` goes on with the run; another "
+            f"one begins with its configuration, --config {own[:200]}."
+        )
     known = [entry.name for entry in configs]
     raise ConfigError(
         f"No configuration is named {shown(name, 200)} and no file is there.{did_you_mean(name, known)} "

@@ -336,6 +336,8 @@ def test_what_cannot_be_scored(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=told):
             score([folder], folder, place, pattern=pattern)
+    with pytest.raises(ConfigError, match="names no group"):
+        score([folder], folder, tmp_path / "nowhere", pattern="^[a-z]+")  # before anything is read
     with pytest.raises(DataError, match="at least 2 clips"):
         score([folder / "low_1.wav"], folder, place)
     loaded = load_model(place)

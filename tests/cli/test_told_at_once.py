@@ -26,6 +26,16 @@ WORDS = [
     ("validate --checkpoint nowhere", "There is no run at nowhere"),
     ("fit --resume nowhere", "There is no run at nowhere"),
     ("fit --config dna/demo --init-from nowhere", "finetune.init_from: There is no model at nowhere"),
+    ("generate --checkpoint runs/dna-demo/model/model.safetensors", "Did you mean 'runs/dna-demo/model'?"),
+    ("predict --checkpoint runs/dna-demo/config.yaml x --out o.csv", "Did you mean 'runs/dna-demo'?"),
+    ("serve --checkpoint runs/dna-demo/checkpoints/last.ckpt", "Did you mean 'runs/dna-demo'?"),
+    (
+        "test --checkpoint runs/dna-demo/model",
+        "There is no run at runs/dna-demo/model",
+        "Did you mean 'runs/dna-demo'?",
+    ),
+    ("validate --checkpoint runs/dna-demo/checkpoints/last.ckpt", "Did you mean 'runs/dna-demo'?"),
+    ("fit --config runs/dna-demo", "is a run's folder", "`mambaseq fit --resume runs/dna-demo`"),
     ("data audit nowhere", "No configuration is named 'nowhere'"),
     ("data audit runs", "There is no run at runs"),
     ("sweep nowhere.yaml", "nowhere.yaml does not exist"),
@@ -68,6 +78,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     run = folder / "runs" / "dna-demo"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("data: {name: dna/species}\n")
+    for name in ("model/model.json", "model/model.safetensors", "checkpoints/last.ckpt"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("{}")
     code = f"""
 import contextlib, io, json, sys
 for name in ("torch", "pandas", "transformers", "scipy"):
