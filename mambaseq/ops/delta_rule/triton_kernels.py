@@ -24,7 +24,8 @@ import triton.language as tl
 from mambaseq.ops.gpu.triton_math import INTERPRETED
 from mambaseq.ops.ssd.triton_kernels import _chunk, _narrow, _rounded, _row
 
-_CHANGING = ["chunks", "chunks_of_row", "length"]
+# numbers that a kernel is not compiled anew for
+_CHANGING = ["chunks", "chunks_of_row", "length", "sequences", "heads", "heads_of_key", "b_batch", "b_row", "apart"]
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # a decay below it is 0 in float32, but sums with it would lose the digits of the others
 _FORGOTTEN = tl.constexpr(-104.0)
@@ -135,7 +136,7 @@ def _inverse(A, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     return whole
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=[*_CHANGING, "g_batch", "g_row"])
 def pairs(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
     table, chunks, chunks_of_row, length, total, scores, inverse, heads, heads_of_key,
