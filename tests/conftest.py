@@ -39,12 +39,14 @@ if not _has_gpu():  # Triton decides when a kernel is defined whether to interpr
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[Any]:
     """The garbage collector stands still while everything is imported, and leaves that alone from then on, as in
-    `mambaseq.importing`: to look through it takes a second each time."""
+    `mambaseq.importing`: to look through it takes a second each time. It looks seldom, since what PyTorch's compiler
+    makes while it traces would have it look an eighth of the time."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
         gc.enable()
 
 
