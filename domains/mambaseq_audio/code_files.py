@@ -48,8 +48,7 @@ def header(one: Recording) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     DataError that names the file."""
     path = one.path
     if not path.is_file():
-        by = f", named by {one.place}" if one.place else ""
-        raise DataError(f"There is no file of codes {path}{by}. Check the path.")
+        raise DataError(f"{one}: there is no such file of codes. Check the path.")
     try:
         with path.open("rb") as file, _PARSING:
             version = np.lib.format.read_magic(file)

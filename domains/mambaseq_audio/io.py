@@ -93,8 +93,7 @@ def signal_blocks(
     check_rate(sample_rate)
     check_channels(channels)
     if not path.is_file():
-        by = f", named by {recording.place}" if recording.place else ""
-        raise DataError(f"There is no sound file {path}{by}. Check the path.")
+        raise DataError(f"{recording}: there is no such sound file. Check the path.")
     told = notices or Notices()
     try:
         with soundfile.SoundFile(path) as file:
@@ -105,8 +104,9 @@ def signal_blocks(
                 blocks = _resampled(blocks, rate, sample_rate, 2 if channels == "stereo" else 1)
             yield from (block.reshape(-1) for block in blocks)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header
+        reason = str(error).rpartition(": ")[2].rstrip(".").replace(". ", ", ")  # one sentence, whole in lists
         raise DataError(
-            f"{path} cannot be read as audio ({str(error).rpartition(': ')[2].rstrip('.')}): it is not a "
+            f"{path} cannot be read as audio ({reason}): it is not a "
             f"sound file, is empty, or is damaged or cut short. Copy or convert it again (16-bit wav or "
             f"flac), or leave it out."
         ) from error

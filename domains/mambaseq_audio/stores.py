@@ -214,7 +214,7 @@ class Levels:
 def _reason(error: UserError, one: Recording) -> str:
     """What is wrong, without the file's name and the remedy."""
     text = str(error).replace(str(one), "it").replace(str(one.path), "it")
-    return text.partition(". ")[0].removeprefix("it ")
+    return text.partition(". ")[0].removeprefix("it").removeprefix(":").lstrip()
 
 
 def _list(bad: dict[str, str], count: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -147,12 +146,10 @@ def predict(
 
     name = _reader(loaded, checkpoint, reader)
     home, kept = name.partition("/")[0], [columns] if isinstance(columns, str) else columns
-    records = _records(
-        loaded, files, name, conditions, [regions] if isinstance(regions, str | Path) else regions, refuse, skip_bad
-    )
-    # closed whatever happens, so that their bar ends before anything is said of it
-    reading, memory = contextlib.closing(records), memory_told("--batch-size, or --window")
-    with reading, table(out, home, kept) as (rows, written), torch.no_grad(), memory:
+    with table(out, home, kept) as (rows, written), torch.no_grad(), memory_told("--batch-size, or --window"):
+        records = _records(
+            loaded, files, name, conditions, [regions] if isinstance(regions, str | Path) else regions, refuse, skip_bad
+        )
         last: Record | None = None
         for file, record, found in _merged(answer, _found(answer, records, batch_size, refuse), merger):
             if record is not last:
@@ -231,7 +228,7 @@ def _records(
     regions: Sequence[str | Path],
     refuse: Bad,
     goes_on: bool,
-) -> Generator[tuple[str, Record], None, None]:
+) -> Iterator[tuple[str, Record]]:
     """Each record, with its condition, and the file it is in. name: of the reader. goes_on: whether `refuse` returns,
     so that readers that can go on with what comes after."""
     read = catalog()["readers"].get(name)

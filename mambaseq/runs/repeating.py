@@ -166,6 +166,7 @@ _COUNT = _whole(0, 2**63 - 1)
 _KINDS: dict[str, Callable[[Any], str]] = {
     "format": _whole(FORMAT, FORMAT),
     "mambaseq": _text,
+    "result": _text,
     "checkpoint": _text,
     "weights": _text,
     "sha256": _digest,
@@ -198,7 +199,7 @@ _FILE: dict[str, Callable[[Any], str]] = {
     "source": _text,
     "source_sha256": _digest,
 }
-_NOT_ALWAYS = (*LATER, "name", "source", "dtype")
+_NOT_ALWAYS = (*LATER, "result", "name", "source", "dtype")
 
 
 def _check_kinds(path: Path, under: str, found: dict[str, Any], kinds: Mapping[str, Callable[[Any], str]]) -> None:

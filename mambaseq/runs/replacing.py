@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.outputs import is_stream
@@ -38,14 +39,20 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def check_beside(files: Sequence[Path]) -> None:
     """Raise ConfigError if something that no result left stands where a file's settings or picture go (NAME.json,
-    NAME.png)."""
+    NAME.png), or what belongs to a result of another ending (NAME.flac beside NAME.wav)."""
     for file in files:
         if file.stem == "-" or is_stream(file):
             continue
         settings, picture = file.with_suffix(".json"), file.with_suffix(".png")
         found = None
         if os.path.lexists(settings):
-            found = None if _is_ours(settings) else settings
+            ours = _settings(settings)
+            found = settings if ours is None else None
+            if ours is not None and (other := _of_another(file, ours)) is not None:
+                raise ConfigError(
+                    f"{settings} says how {other} was made, and would be replaced by the settings of {file}. Give "
+                    "another name with --out, or move that result away with its settings."
+                )
         elif os.path.lexists(picture):
             found = picture
         if found is not None:
@@ -62,10 +69,22 @@ def remove_beside(file: Path) -> None:
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def _is_ours(path: Path) -> bool:
+def _settings(path: Path) -> dict[str, Any] | None:
+    """Those of an earlier result; None for any other file."""
     if not path.is_file():
-        return False
+        return None
     try:
-        return read_json(path).keys() >= _KEYS
+        found = read_json(path)
     except (UserError, OSError):
-        return False
+        return None
+    return found if found.keys() >= _KEYS else None
+
+
+def _of_another(file: Path, settings: dict[str, Any]) -> Path | None:
+    """The result that stands beside a file and has these settings, if it is not that file. The name may have changed
+    since, but for its ending."""
+    name = settings.get("result")
+    if not isinstance(name, str) or not (ending := Path(name).suffix) or ending == file.suffix:
+        return None
+    other = file.with_suffix(ending)
+    return other if other.is_file() else None

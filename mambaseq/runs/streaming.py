@@ -269,6 +269,7 @@ def _settings(result: _Result, sha256: Any, progress: Progress) -> dict[str, Any
     return {
         "format": FORMAT,
         "mambaseq": __version__,
+        "result": result.file.name,
         "checkpoint": name if is_resource(name := str(plan.checkpoint)) else str(plan.checkpoint.absolute()),
         "weights": source.name,
         "sha256": sha256(source),

@@ -120,7 +120,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
             np.save(tmp_path / f"{name}.npy", made)
     np.save(tmp_path / "objects.npy", np.array([[1, None]], dtype=object), allow_pickle=True)
     content["objects"] = b"", "holds pickled Python objects, which could run anything"
-    content["missing"] = b"", "There is no file of codes"
+    content["missing"] = b"", r"missing\.npy .*line 2\): there is no such file of codes"
     for name, (_, told) in content.items():
         with pytest.raises(DataError, match=told) as error:
             list(read_codes(tmp_path / f"{name}.npy", CodeFrames(3, 20)) if name != "missing" else _missing(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def test_a_manifest_of_long_recordings(four: Path) -> None:
     [
         ({"split": "tset"}, r"line 3\): the split is 'tset'. Did you mean 'test'"),
         ({"file": ""}, r"list\.csv, line 3: there is no file"),
-        ({"file": "a/two.wav"}, r"There is no sound file .*a/two\.wav, named by .*list\.csv, line 3\."),
+        ({"file": "a/two.wav"}, r"a/two\.wav.* \(.*list\.csv, line 3\): there is no such sound file"),
         ({"end": "0.02"}, r"one\.wav@0\.005-0\.02 .*line 3\) is no part of the file, which has 0\.01 s"),
         ({"end": 0.001}, r"line 3: end \(0\.001 s\) must come after start"),
         ({"start": "1:30"}, r"line 3: start is '1:30'. Give seconds"),
@@ -236,6 +237,13 @@ def test_all_bad_files_are_listed_at_once(tmp_path: Path, caplog: pytest.LogCapt
     for name in ("zero", "integers", "empty", "header", "cut"):
         assert f"{tmp_path}/{name}.wav: " in caplog.text
         assert f"{name}.wav' (" in str(error.value)
+    assert re.search(r"header\.wav: cannot be read as audio \([^()]+\): it is not", caplog.text)  # whole
+    rows: list[dict[str, object]] = [{"file": "good.wav"}, {"file": "gone.wav"}, {"file": "zero.wav"}]
+    caplog.clear()
+    with pytest.raises(DataError, match="2 of 3 recordings"):
+        plain(manifest(tmp_path, "csv", rows))
+    assert "gone.wav (" in caplog.text
+    assert "line 3): there is no such sound file\n" in caplog.text
     with pytest.raises(DataError, match="5 of 8 recordings"):
         WaveformData(files=str(tmp_path)).setup()
 

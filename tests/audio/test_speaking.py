@@ -109,6 +109,15 @@ def test_nothing_is_replaced_but_an_earlier_result(tmp_path: Path, capsys: pytes
     assert (tmp_path / "b.png").exists()
     assert made(model, tmp_path / "b.wav", "-n", "6", "--pictures", "0")["new_tokens"] == 6
     assert not (tmp_path / "b.png").exists()  # of the earlier sound
+    settings = (tmp_path / "b.json").read_bytes()
+    assert json.loads(settings)["result"] == "b.wav"
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(tmp_path / "b.flac")]) == 2  # one name of settings for both
+    assert f"{tmp_path / 'b.json'} says how {tmp_path / 'b.wav'} was made" in capsys.readouterr().err
+    assert (tmp_path / "b.json").read_bytes() == settings
+    assert not (tmp_path / "b.flac").exists()
+    (tmp_path / "b.wav").unlink()
+    assert made(model, tmp_path / "b.flac", "-n", "5")["result"] == "b.flac"
 
 
 def test_a_changed_recording_of_a_manifest_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -269,7 +278,8 @@ def resident(peak: bool) -> int:
 
 
 def test_memory_does_not_grow_with_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt that is longer by 300,000 samples takes no 4 MiB more: as int64, twice, it would."""
+    """A prompt that is longer by 300,000 samples takes no 4 MiB more: as int64, twice, it would, each time anew. What
+    else happens in this process may be in one of the peaks, not in all."""
     forget = Path("/proc/self/clear_refs")
     if not os.access(forget, os.W_OK):
         pytest.skip("the peak of memory is read from Linux's /proc, which cannot be reset here")
@@ -277,14 +287,14 @@ def test_memory_does_not_grow_with_the_prompt(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(spooled, "_IN_MEMORY", 2**14)
     monkeypatch.setattr(mambaseq_audio.io, "_BLOCK", 2**14)
     grown = []
-    for length in (30_000, 30_000, 330_000):  # the first compiles and warms up
+    for length in (30_000, 30_000, 330_000, 630_000, 930_000):  # the first compiles and warms up
         soundfile.write(tmp_path / "in.wav", np.zeros(length, dtype=np.int16), RATE)
         forget.write_text("5")
         before = resident(peak=False)
         generate_to(model, tmp_path / "out.wav", prompt=str(tmp_path / "in.wav"), max_new_tokens=5, device="cpu")
         grown.append(resident(peak=True) - before)
         assert soundfile.info(tmp_path / "out.wav").frames == length + 5
-    assert grown[2] - grown[1] < 4 * 1024
+    assert min(grown[2:]) - grown[1] < 4 * 1024
 
 
 def test_the_page_says_what_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

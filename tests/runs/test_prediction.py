@@ -307,19 +307,3 @@ def spoil(model: Path, value: float = math.nan, name: str = "backbone.norm_f.wei
     with torch.no_grad():
         loaded.model.get_parameter(name).fill_(value)
     save_model(model, loaded.model, loaded.card, loaded.tokenizer)
-
-
-def test_the_bar_ends_before_an_interruption_is_told(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    model, text = language_model(tmp_path / "m"), tmp_path / "in.jsonl"
-    text.write_text('{"text": "To be or not to be"}\n' * 20_000)
-
-    def interrupted(answer: Any, found: Any, merger: Any) -> None:
-        next(found)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mambaseq.runs.prediction._merged", interrupted)
-    out = ["--out", str(tmp_path / "p.csv"), "--device", "cpu", "--batch-size", "1"]
-    assert main(["predict", "--checkpoint", str(model), str(text), *out]) == 130
-    error = capsys.readouterr().err
-    assert "record" in error
-    assert error.endswith("\nmambaseq predict: interrupted.\n")
