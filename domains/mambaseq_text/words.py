@@ -182,12 +182,13 @@ def _is_white(letter: str) -> bool:
     return letter.isspace() and letter not in "\x1c\x1d\x1e\x1f"
 
 
-_WHITE = np.array([_is_white(chr(point)) for point in range(0x3001)])  # no letter behind these is white
+# the last is not, and no letter behind it
+_WHITE = np.array([_is_white(chr(point)) for point in range(0x3002)])
 
 
 def _white(points: np.ndarray) -> np.ndarray:
     """Which code points are white."""
-    return _WHITE[np.minimum(points, len(_WHITE) - 2)] & (points < len(_WHITE))
+    return _WHITE[np.minimum(points, len(_WHITE) - 1)]
 
 
 def _border(text: str, start: int, near: int) -> int:

@@ -300,7 +300,7 @@ def test_words_are_encoded_as_the_library_does(tokenizer_json: Path, sample: str
     library.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in (2, 3, 4)])
     library.normalizer = tokenizers.normalizers.NFC()
     library.save(str(tokenizer_json.with_name("blanks.json")))
-    letters = [*" \n\t\r\u00a0\x1c\u2003\x85ab1.'s!é京🎲", "  ", "the", "<|endoftext|>", "e\u0301"]
+    letters = [*" \n\t\r\u00a0\x1c\u2003\u3000\x85ab1.'s!é京🎲", "  ", "the", "<|endoftext|>", "e\u0301"]
     rng = np.random.default_rng(0)
     for path in (tokenizer_json, tokenizer_json.with_name("blanks.json")):
         tokenizer = HFTokenizer(str(path))
@@ -314,6 +314,24 @@ def test_words_are_encoded_as_the_library_does(tokenizer_json: Path, sample: str
                 assert ids.tolist() == wanted.tolist()
                 assert counts.sum() == len(text.encode())
                 assert "\u0301" in text or counts.tolist() == byte_counts(text, ends).tolist()
+
+
+@pytest.mark.parametrize("white", [" ", "\t", "\u2003", "\u3000"])
+def test_white_at_the_end_of_a_text_is_not_joined_with_that_of_a_long_word(white: str, tokenizer_json: Path) -> None:
+    """Both are new at the same time, and the vocabulary has what they would be together."""
+    library = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([f"a {white}  b"] * 3, trainer)
+    path = tokenizer_json.with_name("white.json")
+    library.save(str(path))
+    tokenizer = HFTokenizer(str(path))
+    assert isinstance(tokenizer._words, Words)
+    text = f"  {'x' * 100} {white}"
+    assert tokenizer.encode_counted(text)[0].tolist() == tokenizer._encoded(text)[0].tolist()
 
 
 def test_long_texts_are_cut_between_words(tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch, sample: str) -> None:
