@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mambaseq.arguments import Arguments
@@ -16,7 +17,7 @@ from mambaseq.runs.naming import resolve_config
 
 def check_init_from(source: str) -> None:
     """Raise UserError for a folder with neither a model of ours nor a published one."""
-    if not (located(source) / "config.json").is_file():
+    if not os.path.isfile(located(source) / "config.json"):  # noqa: PTH113 - Path's raises for some names
         with under_key("finetune.init_from", {}):
             model_folder(source)
 

@@ -48,10 +48,9 @@ def resolve_config(name: str) -> Path:
     configs: Registry[Any] = catalog()["configs"]
     if name in configs:
         return find(configs.entry(name).target)
-    path = Path(name)
-    if path.is_file():
-        return path
     own = os.path.join(name, "config.yaml")  # noqa: PTH118 - Path's methods raise for some names
+    if os.path.isfile(name):  # noqa: PTH113
+        return Path(name)
     if os.path.isfile(own):  # noqa: PTH113
         raise ConfigError(
             f"{shown(name, 200)} is a run's folder. `mambaseq fit --resume {name[:200]}` goes on with the run; another "

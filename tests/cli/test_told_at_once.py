@@ -38,6 +38,9 @@ WORDS = [
     ("fit --config runs/dna-demo", "is a run's folder", "`mambaseq fit --resume runs/dna-demo`"),
     ("data audit nowhere", "No configuration is named 'nowhere'"),
     ("data audit runs", "There is no run at runs"),
+    (f"data audit {'n' * 300}", "No configuration is named"),  # longer than names of files can be
+    (f"fit --config dna/demo --init-from {'n' * 300}", "finetune.init_from: There is no model at"),
+    ("fit --config odd.yaml --optimizer.lrr 3", "Did you mean '--optimizer.lr'?"),
     ("sweep nowhere.yaml", "nowhere.yaml does not exist"),
     ("text/perplexity --checkpoint nowhere x.txt", "There is no model at nowhere"),
     ("text/lambada --checkpoint nowhere x.txt", "There is no model at nowhere"),
@@ -78,6 +81,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     run = folder / "runs" / "dna-demo"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("data: {name: dna/species}\n")
+    (folder / "odd.yaml").write_text("data: {name: [a]}\nmodel: {head: {name: {b: 1}}}\n")
     for name in ("model/model.json", "model/model.safetensors", "checkpoints/last.ckpt"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("{}")
@@ -97,7 +101,7 @@ print(json.dumps(found))
     return found
 
 
-@pytest.mark.parametrize("number", range(len(WORDS)), ids=[one[0] for one in WORDS])
+@pytest.mark.parametrize("number", range(len(WORDS)), ids=[one[0][:80] for one in WORDS])
 def test_what_is_misspelt_is_told_at_once(number: int, told: list[tuple[int, str]]) -> None:
     code, error = told[number]
     for message in WORDS[number][1:]:
