@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from mambaseq.arguments import DTYPES
 from mambaseq.atomic import atomic_file, json_text
 from mambaseq.backbones.pooling import PoolState
 from mambaseq.errors import DataError, cut, shown
@@ -76,7 +77,8 @@ def save_state(begun: Begun, path: Path, digest: str) -> None:
 
 
 def load_state(path: Path, model: SequenceModel, digest: str, device: torch.device) -> Begun:
-    """What `save_state` wrote. Raises DataError for a file that is none, or damaged, or of another model."""
+    """What `save_state` wrote. Raises DataError for a file that is none, or damaged, or of another model, or
+    of its weights in another dtype."""
     remedy = "Give a file that --save-state wrote."
     try:
         with safetensors.safe_open(str(path), "pt", device="cpu") as file:
@@ -98,7 +100,8 @@ def load_state(path: Path, model: SequenceModel, digest: str, device: torch.devi
 
 
 def _begun(said: dict[str, Any], tensors: dict[str, Tensor], model: SequenceModel, device: torch.device) -> Begun:
-    """Raises ValueError or KeyError for tensors that are not the model's."""
+    """Raises ValueError or KeyError for tensors that are not the model's, DataError for those of weights in another
+    dtype."""
     state = []
     for number, layer in enumerate(model.init_state(1)):
         found = {}
@@ -106,8 +109,16 @@ def _begun(said: dict[str, Any], tensors: dict[str, Tensor], model: SequenceMode
             tensor = tensors.pop(f"layers.{number}.{name}")
             grows = isinstance(layer, GrowingState) and name in layer.rows
             begin = 2 if grows else 0
-            if tensor.shape[begin:] != like.shape[begin:] or tensor.dim() != like.dim() or tensor.dtype != like.dtype:
+            if tensor.shape[begin:] != like.shape[begin:] or tensor.dim() != like.dim():
                 raise ValueError(f"layer {number}'s {name} is {tuple(tensor.shape)}")
+            if tensor.dtype != like.dtype:
+                theirs, own = (str(one.dtype).removeprefix("torch.") for one in (tensor, like))
+                if not {theirs, own} <= {*DTYPES}:
+                    raise ValueError(f"layer {number}'s {name} is {theirs}")
+                raise DataError(
+                    f"The state was made with weights in {theirs}, and these are in {own}. Give --dtype {theirs}, or "
+                    "read the prompt again."
+                )
             found[name] = tensor.to(device)
         made = layer.map(lambda tensor: tensor)
         for name, tensor in found.items():

@@ -105,6 +105,19 @@ def test_commands_take_it(dtype: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert load(folder).model("cpu", dtype).model is not load(folder).model("cpu").model
 
 
+@pytest.mark.parametrize(("made", "own"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_state_of_attention_is_for_weights_in_its_dtype(
+    made: str, own: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, state = saved(tmp_path / "m", "attention"), tmp_path / "s.safetensors"
+    words = ["generate", "--checkpoint", str(folder), "--device", "cpu", "-n", "2"]
+    assert main([*words, "--prompt-text", PROMPT, "--save-state", str(state), "--dtype", made]) == 0
+    assert main([*words, "--from-state", str(state), "--dtype", made]) == 0
+    capsys.readouterr()
+    assert main([*words, "--from-state", str(state), "--dtype", own]) == 2
+    assert f"made with weights in {made}, and these are in {own}. Give --dtype {made}" in capsys.readouterr().err
+
+
 def test_a_run_is_tested_in_it_and_says_so(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = ["--data.length=32", "--model.d_model=16", "--model.backbone.n_layers=1", "--loader.batch_size=4"]
