@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from lti_gpu import milliseconds
 from torch import Tensor
 
+from mambaseq.atomic import json_text
 from mambaseq.ops import OPS
 from mambaseq.ops.delta_rule import DeltaArguments, fla
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
@@ -163,7 +163,7 @@ def main() -> None:
                 print(described(row, rows), flush=True)
                 torch.cuda.empty_cache()
     if options.json is not None:
-        options.json.write_text(json.dumps({"device": device, "rows": [row._asdict() for row in rows]}, indent=1))
+        options.json.write_text(json_text({"device": device, "rows": [row._asdict() for row in rows]}, indent=1))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_kernels_that_are_compiled_are_said(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(compiling, "told", Told("kernels for the CPU are compiled; the next run takes them from disk"))
     source = tmp_path / "kernels_of_a_test.py"
     source.write_text("def doubled(x):\n    return 2 * x\n")
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": "kernels_of_a_test"}
     exec(compile(source.read_text(), str(source), "exec"), names)
     assert kept_njit()(names["doubled"])(4) == 8
     until(terminal, "compiled")

@@ -241,8 +241,8 @@ def test_results_of_weights_that_are_not_the_runs_any_more_are_not_written_down(
     assert main(begin(tmp_path, "run")) == 0
     load_model = evaluation.load_model
 
-    def load_and_go_on(path: Path) -> Any:
-        loaded = load_model(path)
+    def load_and_go_on(path: Path, **options: Any) -> Any:
+        loaded = load_model(path, **options)
         assert main(["fit", "--resume", str(out), "--trainer.max_steps=7"]) == 0
         return loaded
 
