@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=range(len(SHAPES)))
     parser.add_argument("--forward", action="store_true", help="no backward pass")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
+    parser.add_argument("--json", type=Path, help="where the rows are written, as they come")
     options = parser.parse_args()
     begin, rows = time.monotonic(), []
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -162,8 +162,9 @@ def main() -> None:
                 rows.append(row)
                 print(described(row, rows), flush=True)
                 torch.cuda.empty_cache()
-    if options.json is not None:
-        options.json.write_text(json_text({"device": device, "rows": [row._asdict() for row in rows]}, indent=1))
+                if options.json is not None:
+                    told = {"device": device, "rows": [one._asdict() for one in rows]}
+                    options.json.write_text(json_text(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from typing import Any
 _PLAIN = ("int", "float", "bool", "str", int, float, bool, str)
 
 
-def register_tree(kind: type) -> None:
+def register_tree(kind: type, module: str | None = None) -> None:
     """Register a dataclass, or what is about to be made one. Its contents are the fields that are there (not None);
-    which these are belongs to its form, and so do numbers and texts, by the fields' annotations."""
+    which these are belongs to its form, and so do numbers and texts, by the fields' annotations.
+
+    module: from which exported programs name it, for a class that has moved; None for where it is.
+    """
     from torch.utils import _pytree as tree
 
     def flatten(value: Any) -> tuple[list[Any], list[Any]]:
@@ -37,6 +40,6 @@ def register_tree(kind: type) -> None:
         kind,
         flatten,
         unflatten,
-        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        serialized_type_name=f"{module or kind.__module__}.{kind.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )

@@ -191,6 +191,12 @@ def test_a_decoding_step_is_exported() -> None:
     assert [type(one) for one in state] == [type(one) for one in given]
 
 
+def test_exported_programs_name_outputs_as_they_always_did() -> None:
+    """Those that were exported before the class moved are read on."""
+    _, form = tree.tree_flatten(ModelOutput(logits=torch.zeros(1)))
+    assert '"mambaseq.models.ModelOutput"' in tree.treespec_dumps(form)
+
+
 def test_the_reference_is_what_every_op_runs() -> None:
     x, weight = torch.zeros(1, 8), torch.zeros(8, 8)
     with torch.no_grad(), only_reference():

@@ -66,4 +66,4 @@ class ModelOutput:
         return self.logits if self.distribution is None else self.distribution.point()
 
 
-register_tree(ModelOutput)
+register_tree(ModelOutput, "mambaseq.models")
