@@ -3,6 +3,7 @@ code 2."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -119,6 +120,12 @@ def _run(arguments: list[str]) -> int:
         from mambaseq.data.addresses import redacted
 
         print(f"mambaseq {command}: {paragraph(redacted(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:  # raised wherever somebody asks what is there
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        told = f"{shown(error.filename, 200)} is not a file name: it is too long. Give another."
+        print(f"mambaseq {command}: {told}", file=sys.stderr)
         return 2
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):

@@ -180,6 +180,16 @@ def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("words", ["runs {}", "import --checkpoint {} --out x", "sweep plan.yaml --out x"])
+def test_a_name_that_is_too_long_is_told(words: str, tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    """Wherever it is asked what is there."""
+    monkeypatch.chdir(tmp_path)
+    long = "n" * 300
+    Path("plan.yaml").write_text(f"config: {long}\ngrid: {{optimizer.lr: [1, 2]}}\n")
+    assert main(words.format(long).split()) == 2
+    assert "is not a file name: it is too long" in capsys.readouterr().err
+
+
 def test_every_command_in_a_hint_is_one(capsys) -> None:
     """`mambaseq list KIND` and the others, wherever a message or a help text names them."""
     root = Path(__file__).parents[2]
