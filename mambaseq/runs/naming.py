@@ -134,9 +134,12 @@ class _Keys(NamedTuple):
             known += [f"--{one}" for one in self.known if one.startswith("model.") and one.endswith(f".{steps[-1]}")]
             return did_you_mean(f"--{key}", known) or f" Under model there is {cut_list(_OF_THE_MODEL)}."
         for part in (one for one in self.whole if key.startswith(f"{one}.")):
-            option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
+            name = key.removeprefix(f"{part}.").partition(".")[0]
+            option = f"{part}.{name}"
             if option not in self.known:
-                return did_you_mean(f"--{option}", [f"--{one}" for one in self.known if one.startswith(f"{part}.")])
+                own = [one for one in self.known if one.startswith(f"{part}.")]
+                alike = [f"--{one}" for one in own if did_you_mean(name, [one.removeprefix(f"{part}.")])]
+                return did_you_mean(f"--{option}", alike)
         return ""
 
 

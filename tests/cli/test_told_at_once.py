@@ -11,6 +11,7 @@ import pytest
 
 from mambaseq.domain import catalog
 from mambaseq.runs.config import SECTIONS as CLASSES
+from mambaseq.runs.naming import check_names
 from mambaseq.runs.signatures import SECTIONS, arguments_in
 from mambaseq.specs import arguments_of
 
@@ -108,6 +109,12 @@ def test_what_is_misspelt_is_told_at_once(number: int, told: list[tuple[int, str
         assert message in error
     assert code == 2
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["trainer.foo", "data.x", "loader.shuffle", "model.mixer.foo"])
+def test_a_key_that_is_like_no_other_is_left_to_the_parser(key: str) -> None:
+    """What keys of one section have in common does not make them alike."""
+    check_names([f"--{key}=1"], "mambaseq fit --config dna/demo", [], "dna/demo")
 
 
 @pytest.mark.parametrize("kind", ["datasets", "encoders", "backbones", "mixers", "heads"])
