@@ -8,6 +8,7 @@ NUMBA_CACHE_DIR, which may be shared with other users.
 from __future__ import annotations
 
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,8 +75,21 @@ def inner_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return njit(**_NOT_FROM_PYTHON, **options)
 
 
+@functools.cache
+def _sources() -> str:
+    """Digest of the files that kernels take functions from."""
+    ops = Path(__file__).parent / "ops"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([Path(__file__), *ops.glob("cpu/*.py"), *ops.rglob("*kernels.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit(cache=True, ...)` if the folder is safe; without `cache` if it is not, or if none can be written."""
+    """`numba.njit(cache=True, ...)` if the folder is safe; without `cache` if it is not, or if none can be written.
+
+    Code is compiled anew when a file changes that kernels take functions from: Numba looks at a kernel's own file.
+    """
 
     options = _NOT_FROM_C | options
 
@@ -86,7 +100,11 @@ def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         except RuntimeError:  # Numba found no folder
             return njit(**options)(function)
         folder = getattr(getattr(made, "stats", None), "cache_path", None)  # a plain function with NUMBA_DISABLE_JIT
-        if folder is None or why_not_kept(Path(folder), source) is None:
+        if folder is None:
+            return made
+        if why_not_kept(Path(folder), source) is None:
+            index = made._cache._cache_file
+            index._source_stamp = (index._source_stamp, _sources())
             return made
         return njit(**options)(function)
 

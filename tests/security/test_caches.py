@@ -176,6 +176,25 @@ def test_numbas_pickles_are_not_read_from_a_shared_folder(
     assert (tmp_path / "pwned").exists()
 
 
+def test_kernels_are_compiled_anew_when_what_they_take_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba looks at a kernel's own file alone, and kernels take functions from others."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "numba"))
+    (tmp_path / "numba").mkdir(mode=0o700)
+    (tmp_path / "taken_anew.py").write_text("def taken_anew(x):\n    return x + 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    function = importlib.import_module("taken_anew").taken_anew
+
+    def hits_and_misses() -> tuple[int, int]:
+        made = kept.kept_njit()(function)
+        assert made(1) == 2
+        return sum(made.stats.cache_hits.values()), sum(made.stats.cache_misses.values())
+
+    assert hits_and_misses() == (0, 1)
+    assert hits_and_misses() == (1, 0)
+    monkeypatch.setattr(kept, "_sources", lambda: "others")
+    assert hits_and_misses() == (0, 1)
+
+
 def test_without_a_folder_numba_compiles_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
 
