@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from mambaseq_dna.recipes.yeasts import TESTED, TRAINING
 
-from mambaseq.atomic import json_text
+from mambaseq.atomic import atomic_file, json_text
 from mambaseq.reporting.runs import RunFolder
 
 TRAIN, VALIDATION, TEST = "chrVII", "chrXV", "chrIV"
@@ -57,7 +57,8 @@ def extract(archive: Path | None, folder: Path, length: int) -> None:
                     found[species].append(header + letters)
     folder.mkdir(parents=True, exist_ok=True)
     for species, texts in found.items():
-        (folder / f"{species}.fa").write_text("".join(texts))
+        with atomic_file(folder / f"{species}.fa") as file:
+            file.write("".join(texts).encode())
 
 
 def config(folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
@@ -164,8 +165,9 @@ def main() -> None:
     (out / "results.json").write_text(json_text(found, indent=1) + "\n")
     print(json_text({key: value for key, value in found.items() if key != "losses"}), flush=True)
     if "train" in options.only:
-        days = time.strftime("00:%H:%M:%S", time.gmtime(60 * options.minutes))  # of all that was trained so far
-        more = ["--trainer.max_steps=-1", f"--trainer.max_time={days}", "--trainer.limit_val_batches=1.0"]
+        days, rest = divmod(round(60 * options.minutes), 86_400)  # of all that was trained so far
+        most = f"{days:02d}:{time.strftime('%H:%M:%S', time.gmtime(rest))}"
+        more = ["--trainer.max_steps=-1", f"--trainer.max_time={most}", "--trainer.limit_val_batches=1.0"]
         more += ["--trainer.val_check_interval=200", "--trainer.check_val_every_n_epoch=null"]
         fit(out / "two", start, [*split, *more], options.seconds)
     sys.exit(0 if found["equal"] or not found["steps"] else 1)

@@ -13,7 +13,7 @@ export MAMBASEQ_CACHE=${MAMBASEQ_CACHE:-/tmp/mambaseq}
 OUT=${OUT:-/tmp/out}; RUN=${RUN:-/dev/shm/books}; mkdir -p "$OUT" "$RUN"
 (flock 9; [ -e "$RUN/.unpacked" ] || { for old in "$DATA"/books_*.tgz; do [ -e "$old" ] && tar xzf "$old" -C "$RUN"; done; touch "$RUN/.unpacked"; }) 9>/tmp/books.lock
 steps=(); [ -n "${STEPS:-}" ] && steps=(--steps "$STEPS")
-keep() { (cd "$RUN" && tar czf "$OUT/.gpu$gpu.tgz" run.json trials/*.json $(ls ./*.svg 2>/dev/null) 2>/dev/null && mv "$OUT/.gpu$gpu.tgz" "$OUT/books_gpu$gpu.tgz"); }
+keep() { (cd "$RUN" && t="$OUT/.gpu$gpu.$BASHPID.tgz" && tar czf "$t" run.json trials/*.json $(ls ./*.svg 2>/dev/null) 2>/dev/null && mv "$t" "$OUT/books_gpu$gpu.tgz"); }
 (while sleep 10; do keep; done) & keeper=$!
 # count models and compressors need no GPU, and about two minutes of other cores
 floors=; [ "${FLOORS:-}" != 1 ] || { CUDA_VISIBLE_DEVICES= timeout "${minutes}m" python3 -m mambaseq.cli.main reproduce books --scale full --device cpu \
@@ -22,4 +22,4 @@ began=$SECONDS
 timeout -k 5 "${minutes}m" python3 -m mambaseq.cli.main reproduce books --scale full ${DEVICE:+--device $DEVICE} --data "$DATA" \
   --out "$RUN" --seed $seeds "${steps[@]}" --only "$@" 2>&1 | while IFS= read -r line; do echo "gpu$gpu +$((SECONDS - began))s $line"; done | tee "$OUT/books_gpu$gpu.log"
 [ -z "$floors" ] || { [ $((SECONDS - began)) -ge $((${minutes%.*} * 60 - 5)) ] || wait "$floors"; tail -n 1 "$OUT/floors.log"; }
-kill $keeper; keep; rm -f "$OUT/.gpu$gpu.tgz"; echo "gpu$gpu: $(ls "$RUN"/trials/*.json 2>/dev/null | wc -l) trials are finished"
+kill $keeper; keep; rm -f "$OUT"/.gpu"$gpu".*.tgz; echo "gpu$gpu: $(ls "$RUN"/trials/*.json 2>/dev/null | wc -l) trials are finished"
