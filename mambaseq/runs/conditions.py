@@ -13,7 +13,7 @@ from mambaseq.conditions import composed, listed, parts_of, values_of
 from mambaseq.data.records import Record
 from mambaseq.data.tables import named_rows
 from mambaseq.errors import ConfigError, DataError, cut, cut_list, did_you_mean, shown
-from mambaseq.runs.known import Asked, Known, condition_ids
+from mambaseq.runs.known import Asked, Known, condition_ids, not_conditional
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Conditions:
             raise ConfigError("--condition is for all records, --condition-column for each record. Give one of them.")
         self._known = known = Known(loaded)
         if not known.all:
-            raise ConfigError("The model is not conditional; leave --condition-column out.")
+            raise ConfigError(not_conditional("--condition-column"))
         # by the place of a condition
         self._columns = dict(enumerate(_columns(known, column)))
         columns = [one for one in self._columns.values() if one is not None]

@@ -35,6 +35,14 @@ Asked = Given | Sequence[Given] | Sequence[Sequence[str]]
 """All that is asked for: one, several, or the words of each as --condition gives them."""
 
 
+def not_conditional(option: str) -> str:
+    """What is said to an option that names conditions, of a model without any."""
+    return (
+        f"The model is not conditional; leave {option} out, or train one that is: for sounds with data.condition, and "
+        "with data.pattern, which says where in the files' names it is."
+    )
+
+
 def in_words(given: Given | Sequence[str]) -> Any:
     """What one --condition gives, as one text: `["digit=7", "speaker=Ann,", "Bo"]` is `"digit=7 speaker=Ann, Bo"`."""
     return given if isinstance(given, str | Mapping) else " ".join(given)
@@ -149,7 +157,7 @@ class Known:
     def unknown(self, place: int, given: str) -> str:
         """The message for a name that a condition does not have."""
         if not self.all:
-            return f"No condition is named {shown(given)}. The model is not conditional; leave --condition out."
+            return f"No condition is named {shown(given)}. {not_conditional('--condition')}"
         name = self.all[place].name
         if other := re.search(r"(?:^|\s)([^\s=]+)=", given):
             names = [one.name for one in self.all if one.name]

@@ -215,7 +215,10 @@ def test_a_conditional_classifier(tmp_path: Path) -> None:
         (["--reader", "text/txt"], "Did you mean 'text/text'"),
         (["--reader", f"{__name__}:numbers"], "cannot be turned into tokens"),
         (["--reader", f"{__name__}:signals"], "is a signal"),
-        (["--condition", "a"], "not conditional"),
+        (
+            ["--condition", "a"],
+            "not conditional; leave --condition out, or train one that is: for sounds with data.condition",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_paragraph(
