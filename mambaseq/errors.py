@@ -162,6 +162,49 @@ def cut_list(items: Iterable[object], most: int = 20, characters: int = 300, sep
     return f"{separator.join(told)}{more}" if told else "none"
 
 
+def cut_causes(
+    found: Iterable[tuple[str, str]],
+    most: int = 10,
+    characters: int = 450,
+    longest: int = 40,
+    first: str | None = None,
+    count: int | None = None,
+) -> str:
+    """Places with what is wrong at them, for a message: each cause once, behind the places where it is.
+
+    found: places such as `line 7` or `a.csv, line 7`, and causes. most: causes, and places of each, that are named; the
+    others are counted. characters: of all, about. longest: characters of a cause. first: a cause that the
+    message has told. count: of all places, where `found` has not all.
+
+    >>> cut_causes([("line 2", "no base"), ("line 3", "empty"), ("line 5", "no base")])
+    'line 2, 5 (no base); line 3 (empty)'
+    >>> cut_causes([("a.csv", "empty"), ("b.csv", "empty"), ("c.csv", "cut short")], most=1, first="empty")
+    'a.csv and 1 more (the same); and 1 more'
+    """
+    causes: dict[str, list[str]] = {}
+    for place, cause in found:
+        causes.setdefault(cause, []).append(place)
+    left = sum(map(len, causes.values())) if count is None else count
+    told: list[str] = []
+    for cause, places in list(causes.items())[:most]:
+        named, before = "", ""
+        for number, place in enumerate(places[:most]):
+            if number and len(named) > characters // 3:
+                break
+            word, space, last = place.rpartition(" ")
+            numbered = f"{word}{space}" if last.replace(",", "").isdecimal() else ""
+            again = numbered and numbered == before  # `line 2, 5`
+            named += f"{', ' if number else ''}{last if again else place}"
+            before, told_of = numbered, number + 1
+        more = f" and {len(places) - told_of:,} more" if told_of < len(places) else ""
+        text = f"{named}{more} ({'the same' if cause == first else cut(cause, longest)})"
+        if told and sum(map(len, told)) + len(text) > characters:
+            break
+        told.append(text)
+        left -= len(places)
+    return "; ".join([*told, *([f"and {left:,} more"] if left else [])])
+
+
 def check_positive(owner: str, **values: float) -> None:
     """Raise ConfigError unless all values are finite numbers above 0. owner: what has them, for the message."""
     for key, value in values.items():

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mambaseq.data.cache import Unchanged, fingerprint
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import DataError, UserError, cut, shown
+from mambaseq.errors import DataError, UserError, cut_causes, shown
 from mambaseq.limits import SAMPLES, UNPACKED_RATIO
 from mambaseq.resources import cores
 from mambaseq_audio.io import Channels, by_channel, signal_blocks
@@ -33,7 +33,7 @@ _MANY = 500  # files from which a bar is shown
 _THREADS = 8
 _AHEAD = 8  # files for each thread that wait to be written
 _LOGGED = 1_000  # bad files that get a line each
-_TOLD = 700  # characters of a message for bad files
+_TOLD = 800  # characters of a message for bad files
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -227,15 +227,9 @@ def _list(bad: dict[str, str], count: int) -> None:
 
 
 def _message(bad: dict[str, str], count: int, skip_bad: bool) -> str:
-    told, size = [], 0
-    for place, reason in bad.items():
-        told.append(f"{shown(place, 120)} ({cut(reason, 90)})")
-        size += len(told[-1])
-        if size > _TOLD:
-            break
-    more = f"; and {len(bad) - len(told):,} more" if len(told) < len(bad) else ""
+    told = cut_causes(((shown(place, 120), reason) for place, reason in bad.items()), 10, _TOLD, 90)
     remedy = "" if skip_bad else ", or set data.skip_bad: true to go on without them"
     return (
-        f"{len(bad):,} of {count:,} recordings cannot be used: {'; '.join(told)}{more}. The lines above list them. "
+        f"{len(bad):,} of {count:,} recordings cannot be used: {told}. The lines above list them. "
         f"Mend them or leave them out{remedy}."
     )

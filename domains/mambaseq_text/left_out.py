@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.atomic import json_text
-from mambaseq.errors import DataError, UserError, cut, cut_list, cut_path
+from mambaseq.errors import DataError, UserError, cut, cut_causes, cut_path
 from mambaseq_text.rows import BadRow
 
 _MOST_TOLD, _FURTHER = 1000, 1 << 30
-_REASONS = 3  # of further rows
 LISTED = 10_000
 
 
@@ -60,12 +59,9 @@ class LeftOut:
             return
         first, *others = self._refused.values()
         if others:
-            told = [f"{cut_path(one.file)}, line {one.line:,} ({cut(one.reason, 45)})" for one in others[:_REASONS]]
-            lines: dict[str, list[int]] = {}
-            for error in others[_REASONS:]:
-                lines.setdefault(error.file, []).append(error.line)
-            told += [f"{cut_path(file)}, line {cut_list(at, 10)}" for file, at in lines.items()]
-            more = f" {len(others):,} more cannot be used: {'; '.join(told[: _REASONS + 2])}."
+            found = ((f"{cut_path(one.file)}, line {one.line:,}", one.reason) for one in others)
+            told = cut_causes(found, first=first.reason)
+            more = f" {len(others):,} more cannot be used: {told}."
         else:
             more = ""
         raise DataError(

@@ -75,7 +75,7 @@ BAD = "".join(f"{'ACGT' if n % 3 else ('', 'ACXT', 'AC,GT')[n // 3 % 3]},{n % 2}
         (
             f"sequence,label\n{BAD}",
             {},
-            r"line 2: the sequence is empty.* 19 other .*line 5 \(The letter 'X'.*line 8 \(",
+            r"line 2: the sequence is empty.* 19 other .*line 5, 14, .*59 \(The letter 'X'.*line 8, .*line 11, .*56 \(the same\)\.$",
         ),
         (
             f"sequence,label\n{GOOD}AC,\nAG,9\nCC,1\n,0\n",
@@ -90,7 +90,7 @@ BAD = "".join(f"{'ACGT' if n % 3 else ('', 'ACXT', 'AC,GT')[n // 3 % 3]},{n % 2}
         (
             f"sequence,label\n{GOOD}" + "AC,high\n" * 30 + "AC,1e99\n",
             {"task": "values"},
-            r"line 5: .*'high', which is not a number.* 30 other row.*either: line 6 \(.*and 21 more",
+            r"line 5: .*'high', which is not a number.* 30 other row.*: line 6, .*and 19 more \(the same\).*'1e99'",
         ),
         (
             f"sequence,label,s\n{'AC,0,trian' + chr(10)}{'AC,1,tset' + chr(10)}",
@@ -127,7 +127,7 @@ def test_bad_intervals_and_headers_are_told_at_once() -> None:
         Path("a.bed"), [("chr1", 0, 9, "a"), ("chr1", 0, 41, "b"), ("chrX", 0, 4, "a"), ("chrX", 5, 9, "a")], sign="\t"
     )
     with pytest.raises(
-        DataError, match=r"a\.bed, line 2: the interval ends at 41.* 2 other row.*line 3 \(.*; line 4 \("
+        DataError, match=r"a\.bed, line 2: the interval ends at 41.* 2 other row.*line 3, 4 \(the assembly"
     ):
         made(files="a.bed", assembly="g.fa")
     Path("r.fa").write_text(">a label=x\nAC\n>b\nAG\n>c lable=y\nAA\n")

@@ -169,6 +169,12 @@ def test_broken_rows_are_told_at_once_or_left_out(tmp_path: Path, kind: Any) -> 
         assert "0xff at offset" in data.left_out()[3]["reason"]
 
 
+def test_a_cause_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 1}\n' * 200 + '{"txt": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2, 3, .* 11 and 189 more \(the same\); .*, line 201 \(has no"):
+        DocumentData(files=str(tmp_path / "a.jsonl"), **NONE).setup()  # type: ignore[arg-type]
+
+
 def test_nothing_is_left_of_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from mambaseq.data.records import Refuse, raised
-from mambaseq.errors import DataError, cut, cut_list
+from mambaseq.errors import DataError, cut, cut_causes
 
 Lines = Iterable[tuple[int, str]]
 """Numbers and texts of lines, see `text_lines`."""
 
 T = TypeVar("T")
 
-_NAMED = 10
+_NAMED = 10  # causes
+_READ = 500  # faults whose cause is read
 _MOST = 10_000
+_AT = re.compile(r" at position [\d,]+")  # what differs between equal causes
 _LONGEST = 420  # characters of the first fault, whose row may be quoted in it
 
 
@@ -28,13 +31,14 @@ class Faults:
     def __init__(self, refuse: Refuse = raised) -> None:
         self.refuse = None if refuse is raised else refuse
         self.count = 0
-        self._first = self._file = ""
-        self._others: list[str] = []
+        self._first = self._file = self._cause = ""
+        self._others: list[tuple[str, str]] = []
+        self._causes: set[str] = set()
 
     @property
     def named(self) -> bool:
-        """Whether as many are known as are named; what is wrong with others need not be said."""
-        return self.count >= _NAMED
+        """Whether as many are known as are told; what is wrong with others need not be said."""
+        return len(self._causes) >= _NAMED or self.count >= _READ
 
     def add(self, place: str, error: DataError | str = "") -> None:
         """A fault. place: of the row, such as `line 7`, or `a.csv, line 7`. error: what is wrong with it, after
@@ -42,15 +46,16 @@ class Faults:
         if self.refuse is not None:
             self.refuse(error if isinstance(error, DataError) else DataError(error))
             return
-        self.count += 1
-        if self.count == 1:
-            self._first, self._file = cut(error, _LONGEST), place.rpartition(", ")[0]
-        elif self.count <= _NAMED:
-            what = str(error)
-            what = what.partition(f"{place}: ")[2] or what
+        if not self.count or (error and not self.named):
+            text = str(error)
+            cause = _AT.sub("", (text.partition(f"{place}: ")[2] or text).partition(". ")[0])
             file, _, line = place.rpartition(", ")
-            place = line if file == self._file else place
-            self._others.append(f"{place} ({cut(what, 36)})")
+            if not self.count:
+                self._first, self._file, self._cause = cut(text, _LONGEST), file, cause
+            else:
+                self._others.append((line if file == self._file else place, cause))
+            self._causes.add(cause)
+        self.count += 1
         if self.count >= _MOST:
             self.check()
 
@@ -61,7 +66,7 @@ class Faults:
         if self.count == 1:
             raise DataError(self._first)
         more = self.count - 1
-        told = cut_list([*self._others, *[""] * (more - len(self._others))], len(self._others), 450, "; ")
+        told = cut_causes(self._others, _NAMED, longest=36, first=self._cause, count=more)
         many = " or more" if self.count >= _MOST else ""
         raise DataError(f"{self._first} {more:,}{many} other row(s) cannot be used either: {told}.")
 
