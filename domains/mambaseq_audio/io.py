@@ -101,6 +101,7 @@ def signal_blocks(
             blocks = _blocks(recording, file, channels, told)
             rate = file.samplerate
             if rate != sample_rate:
+                told.resampled(str(recording), rate, sample_rate)
                 blocks = _resampled(blocks, rate, sample_rate, 2 if channels == "stereo" else 1)
             yield from (block.reshape(-1) for block in blocks)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: .raw, which has no header

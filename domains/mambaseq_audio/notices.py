@@ -52,6 +52,23 @@ class Notices:
         self.clipped: dict[str, float] = {}
         self.silent: list[str] = []
         self.cancelled: dict[str, float] = {}
+        self._rates: dict[str, tuple[int, int]] = {}
+
+    def resampled(self, recording: str, rate: int, wanted: int) -> None:
+        """Note that a recording is brought from one rate to another, in samples a second."""
+        with self._lock:
+            self._rates[recording] = (rate, wanted)
+
+    def tell_rates(self) -> None:
+        """Log a line for each rate from which data are resampled, of data whose rate is a setting."""
+        for (rate, wanted), count in sorted(Counter(self._rates.values()).items()):
+            logger.warning(
+                "%s at %s Hz %s resampled to %s Hz (data.sample_rate).",
+                f"{count:,} recording{'s' if count > 1 else ''}",
+                f"{rate:,}",
+                "are" if count > 1 else "is",
+                f"{wanted:,}",
+            )
 
     def add(self, heard: Heard) -> None:
         """Count a recording that was read to its end."""

@@ -187,6 +187,7 @@ class Levels:
             else:
                 yield one.name, np.concatenate(levels)
         self.notices.tell()
+        self.notices.tell_rates()
         if len(errors) == 1 and not self.skip_bad:
             raise errors[0]
         if errors:

@@ -261,6 +261,8 @@ def test_bad_files_are_skipped_and_listed(
             assert [len(clip) for clip in made.clips("train")] == [80, 80, 80]
             assert {Path(name).stem for name in made.sources()} == {"fast", "good", "three"}
             assert "5 of 8 recordings cannot be used" in caplog.text
+            resampled = f"1 recording at 96,000 Hz is resampled to {RATE:,} Hz (data.sample_rate)."
+            assert caplog.text.count("resampled") == caplog.text.count(resampled) == (not again)
             assert f"{tmp_path}/cut.wav: {'could not be used' if again else 'is cut short'}" in caplog.text
         with pytest.raises(DataError, match="5 of 8 recordings"):
             plain(tmp_path / "*.wav")

@@ -309,7 +309,9 @@ def test_parquet_and_numbers_as_labels() -> None:
     assert list(data.class_names) == [str(number) for number in range(11)]
     records = list(read_labelled("t.parquet", TOKENIZER, fields=["label"]))
     assert (records[10].name, records[10].fields) == ("s10", {"label": "10"})
-    with pytest.raises(DataError, match=r"t.parquet has no column 'sequences'. Did you mean 'sequence'"):
+    with pytest.raises(
+        DataError, match=r"t.parquet has no column 'sequences' \(data\.sequence\)\. Did you mean 'sequence'"
+    ):
         made(files="t.parquet", sequence="sequences")
     twice = pyarrow.table([["ACGT"], ["ACGG"], [1]], names=["sequence", "sequence", "label"])
     pyarrow.parquet.write_table(twice, "t.parquet")

@@ -24,10 +24,20 @@ GOOD = "ACGT,0\nACCT,1\nAGGT,0\n"
         (
             "seqence,label\nACGT,0\n",
             {},
-            r"t.csv has no column 'sequence'. Did you mean 'seqence'\? It has: 'seqence', 'l",
+            r"t.csv has no column 'sequence' \(data.sequence\). Did you mean 'seqence'\? It has: 'seqence', 'l",
         ),
-        ("sequence,lable\nACGT,0\n", {}, "t.csv has no column 'label'. Did you mean 'lable'"),
-        (GOOD, {}, "no column 'sequence'. .*If the file has no header, name its columns in order: data.columns"),
+        ("sequence,lable\nACGT,0\n", {}, r"t.csv has no column 'label' \(data\.label\). Did you mean 'lable'"),
+        (
+            GOOD,
+            {},
+            r"no columns 'sequence' \(data.sequence\), 'label' \(data.label\)\. .*Column 1 of .* bases: the file has "
+            r"no header\. .*data.columns: \[sequence, label\]",
+        ),
+        (
+            f"seq,split,class\n{GOOD}",
+            {"label": "class", "group": "gene"},
+            r"no columns 'sequence' \(data.sequence\), 'gene' \(data.group\)\. .*, or set data.group to null",
+        ),
         (
             f"sequence,label\n{GOOD}",
             {"columns": ["sequence", "label"]},
@@ -75,7 +85,7 @@ BAD = "".join(f"{'ACGT' if n % 3 else ('', 'ACXT', 'AC,GT')[n // 3 % 3]},{n % 2}
         (
             f"sequence,label\n{BAD}",
             {},
-            r"line 2: the sequence is empty.* 19 other .*line 5, 14, .*59 \(The letter 'X'.*line 8, .*line 11, .*56 \(the same\)\.$",
+            r"line 2: the sequence is empty.* 19 other .*line 5, 14, .*59 \(.*line 8, .*56 \(the same\)\.$",
         ),
         (
             f"sequence,label\n{GOOD}AC,\nAG,9\nCC,1\n,0\n",

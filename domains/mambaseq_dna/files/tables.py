@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ _AT_ONCE, _LETTERS = 4096, 1 << 22  # rows, and letters, that become ids togethe
 _ROWS = 256  # of parquet, whose rows may all be as long as one
 _LONGEST_CELL = 1 << 24
 _INVALID = 255
+_OPTIONAL = ("data.split", "data.group", "data.names")  # settings that may be null
 _TABLE = np.frombuffer(BaseTokenizer("keep").table, dtype=np.uint8)
 
 
@@ -47,20 +49,22 @@ def table_rows(
     fields: Sequence[str] = (),
     columns: Sequence[str] | None = None,
     refuse: Refuse = raised,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Row]:
     """The rows of a table, in order. The ending `.parquet` or `.pq` says that it is parquet; any other file is text
     with commas, tabs or semicolons between its columns, whichever its first line has.
 
     sequence, name, fields: names of columns. name: None takes the column `name` or `id` where there is one. columns:
         names of all columns of a file without a header; None: the first line holds them.
-    refuse: called for a row that cannot be used; the others are returned.
+    refuse: called for a row that cannot be used; the others are returned. settings: for messages, which setting asks
+        for a column.
     Raises DataError that names file and line: a missing column, another number of cells than columns, an open quote, an
     empty sequence, a letter that is no base; and for a file without rows. Rows are told together (`Faults`); none is
     returned after a wrong one.
     """
     wanted = [sequence, *fields] + ([] if name is None else [name])
     faults, odd = Faults(refuse), dict[int, str]()
-    cells = _parquet(path, wanted) if is_parquet(path) else _delimited(path, wanted, columns, odd)
+    cells = _parquet(path, wanted, settings) if is_parquet(path) else _delimited(path, wanted, columns, odd, settings)
     known, unit = next(cells)
     if name is None and (name := _names_column(known)) is not None:
         wanted.append(name)
@@ -85,7 +89,7 @@ def table_rows(
 def table_columns(path: Path, columns: Sequence[str] | None = None) -> list[str]:
     """The names of a table's columns. Raises DataError as `table_rows`."""
     if not is_parquet(path):
-        return list(next(_delimited(path, [], columns, {}))[0])
+        return list(next(_delimited(path, [], columns, {}, {}))[0])
     import pyarrow
     import pyarrow.parquet
 
@@ -159,20 +163,60 @@ def _names_column(known: Sequence[str]) -> str | None:
     return next((name for name in ("name", "id") if name in known), None)
 
 
-def _missing(path: Path, column: str, known: Sequence[str], hint: str = "") -> DataError:
+def _check_there(
+    path: Path,
+    wanted: Sequence[str],
+    known: Sequence[str],
+    settings: Mapping[str, str],
+    columns: Sequence[str] | None = (),
+) -> None:
+    """Raise DataError for all columns that are wanted and not there, or there twice. settings: which setting asks for a
+    column. columns: names that were given for a file without a header; None if the first line is taken for one."""
+    missing = [column for column in dict.fromkeys(wanted) if column not in known]
+    for column in wanted:
+        if known.count(column) > 1:
+            raise DataError(f"{path} has {known.count(column)} columns {shown(column)}. Rename all but one.")
+    if not missing:
+        return
     names = [str(one)[:40] for one in known]
-    return DataError(
-        f"{path} has no column {shown(column)}.{did_you_mean(column, names)} It has: {cut_list(map(repr, names), 8)}."
-        f"{hint}"
+    near = "".join(did_you_mean(column, names) for column in missing)
+    told = [f"{shown(column)}{f' ({settings[column]})' if column in settings else ''}" for column in missing]
+    hint = ""
+    if columns:
+        hint = " These are data.columns."
+    elif columns is None:
+        optional = [name for column in missing if (name := settings.get(column)) in _OPTIONAL]
+        null = f", or set {cut_list(optional)} to null" if optional else ""
+        hint = (
+            f" Correct the setting or the header{null}. If the file has no header, name its columns in order: "
+            "data.columns."
+        )
+        bases = next((place for place, cell in enumerate(known) if _looks_like_bases(cell)), None)
+        if bases is not None and wanted[0] in missing:
+            rest = iter(missing[1:])
+            names_of = [wanted[0] if k == bases else next(rest, f"other{k + 1}") for k in range(len(known))]
+            hint = (
+                f" Column {bases + 1} of its first line holds bases: the file has no header. Name all its columns in "
+                f"order, such as data.columns: [{cut_list(names_of, 8)}]."
+            )
+    raise DataError(
+        f"{path} has no column{'s' if len(told) > 1 else ''} {cut_list(told, 6)}.{near} It has: "
+        f"{cut_list(map(repr, names), 8)}.{hint}"
     )
 
 
-def _check_once(path: Path, column: str, known: Sequence[str]) -> None:
-    if known.count(column) > 1:
-        raise DataError(f"{path} has {known.count(column)} columns {shown(column)}. Rename all but one.")
+def _looks_like_bases(cell: str) -> bool:
+    """Whether a cell of a first line is a sequence, rather than the name of a column."""
+    return len(cell) >= 4 and not set(cell.upper()) - set("ACGTUN")
 
 
-def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None, odd: dict[int, str]) -> Iterator[Any]:
+def _delimited(
+    path: Path,
+    wanted: Sequence[str],
+    columns: Sequence[str] | None,
+    odd: dict[int, str],
+    settings: Mapping[str, str],
+) -> Iterator[Any]:
     """First (names of the columns, what a row is called), then (line, cells) of each row; empty ones for a row with
     another number of cells, about which `odd` then says what is wrong, by its line."""
     at = 0
@@ -194,19 +238,9 @@ def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None,
     try:
         if columns is None:
             header = [cell.strip() for cell in next(rows)]
-            for column in wanted:
-                if column not in header:
-                    hint = (
-                        " A setting asks for it (data.sequence, label, split, group or names): correct that, or set it "
-                        "to null. If the file has no header, name its columns in order: data.columns."
-                    )
-                    raise _missing(path, column, header, hint)
-                _check_once(path, column, header)
         else:
             header = list(columns)
-            for column in wanted:
-                if column not in header:
-                    raise _missing(path, column, header, " These are data.columns.")
+        _check_there(path, wanted, header, settings, columns)
         yield header, "line"
         begun = at + (columns is None)
         for cells in rows:
@@ -227,7 +261,7 @@ def _delimited(path: Path, wanted: Sequence[str], columns: Sequence[str] | None,
         ) from error
 
 
-def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
+def _parquet(path: Path, wanted: Sequence[str], settings: Mapping[str, str]) -> Iterator[Any]:
     """As `_delimited`."""
     import pyarrow
     import pyarrow.parquet
@@ -237,13 +271,10 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Iterator[Any]:
     try:
         table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         known = table.schema_arrow.names
-        for column in wanted:
-            if column not in known:
-                raise _missing(path, column, known)
+        _check_there(path, wanted, known, settings)
         own = _names_column(known)
         use = list(dict.fromkeys([*wanted, *([] if own is None else [own])]))
-        for column in use:
-            _check_once(path, column, known)
+        _check_there(path, use, known, settings)
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.metadata.num_row_groups)]
         check_unpacked(sum(sizes), path.stat().st_size, str(path))
         yield use, "row"

@@ -291,9 +291,12 @@ class LabelledData(SequenceData):
     @functools.cached_property
     def _records(self) -> Records:
         """All records. The label of a folder a class is its name."""
+        asked = {self.sequence: "data.sequence", self.names: "data.names", self.group: "data.group"}
+        asked |= {self.split: "data.split"} | dict.fromkeys(self._labels_of("table"), "data.label")
         reading = Reading(
-            self.sequence, self.columns, self.names, self._bases, self.width, self.stranded, tuple(self.features or ())
-        )
+            self.sequence, self.columns, self.names, self._bases, self.width, self.stranded, tuple(self.features or ()),
+            {column: setting for column, setting in asked.items() if column is not None},
+        )  # fmt: skip
         sources = []
         for part in self._parts:
             more = [place for place in (self._split_of(part), self.group) if place is not None]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Reading:
 
     sequence, columns, name: see `table_rows`. assembly: of intervals. width: bases around an interval's centre; None
     for the interval itself. stranded: intervals on `-` are read as the other strand. features: the types of GFF
-    features; all if empty.
+    features; all if empty. settings: which setting asks for a column, for messages.
     """
 
     sequence: str = "sequence"
@@ -47,6 +47,7 @@ class Reading:
     width: int | None = None
     stranded: bool = True
     features: Sequence[str] = ()
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def rows_of(part: Part, reading: Reading, fields: Sequence[str], refuse: Refuse 
     """The rows of a table, FASTA file, or folder of a class, as they are read. refuse: called for one that cannot be
     used; the others are returned."""
     if part.kind == "table":
-        return table_rows(part.path, reading.sequence, reading.name, fields, reading.columns, refuse)
+        return table_rows(part.path, reading.sequence, reading.name, fields, reading.columns, refuse, reading.settings)
     if part.kind == "fasta":
         return fasta_rows(part.path, fields, refuse)
     return _folder_rows(part.path, refuse)
