@@ -43,7 +43,8 @@ class Arguments(argparse.ArgumentParser):
             for word in (text.partition("=")[0] for text in self._given if text.startswith("--")):
                 if word not in self._option_string_actions and (near := did_you_mean(word[:80], missing)):
                     message = f"there is no option {cut(word)}.{near}"
-        raise ConfigError(f"{message.rstrip('.')}. `{self.prog} --help` lists the options.")
+        stop = "" if message.endswith("?") else "."
+        raise ConfigError(f"{message.rstrip('.')}{stop} `{self.prog} --help` lists the options.")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
@@ -59,10 +60,22 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Of a model's weights, as options and functions name them."""
 
 
+def dtype_name(text: str) -> str:
+    """The long name of a dtype that may be given by its short one; any other text as it is.
+
+    >>> dtype_name("bf16"), dtype_name("float16")
+    ('bfloat16', 'float16')
+    """
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(text, text)
+
+
 def add_dtype(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The option --dtype of commands that apply a model."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights (float32); 16 bits halve their memory and round answers"
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        help="of the weights (float32); 16 bits halve their memory and round answers; fp32, bf16 and fp16 are the same",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -238,6 +239,15 @@ def _load(point: importlib.metadata.EntryPoint) -> Domain:
     if loaded.name != point.name:
         raise ValueError(f"the entry point is named {shown(point.name)} and its Domain {shown(loaded.name)}")
     return loaded
+
+
+def not_installed(name: str) -> str:
+    """A sentence, after a blank, on a domain whose package lies in the working folder, as `mambaseq new domain` writes
+    it, but which is not registered; "" if there is no such package."""
+    folder = f"mambaseq-{name}"
+    if not name.isidentifier() or not os.path.isfile(os.path.join(folder, "pyproject.toml")):  # noqa: PTH113, PTH118
+        return ""
+    return f" Its package in {folder} must be installed first: `pip install -e {folder}`."
 
 
 def build_catalog(points: list[importlib.metadata.EntryPoint]) -> Catalog:

@@ -76,7 +76,7 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         bound = f" and at most {most}" if most is not None else ""
         kind = "" if whole else "a whole number of "
-        raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {str(value)[:40]}.")
+        raise ConfigError(f"{name} must be {kind}at least {least}{bound}, not {shown(value, 40)}.")
 
 
 def check_choice(key: str, value: object, choices: Sequence[str]) -> None:

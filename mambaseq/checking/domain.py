@@ -18,7 +18,7 @@ from mambaseq.checking.samples import CHANNELS, CODES, TOKENS, sequences
 from mambaseq.checking.training import STEPS, check_training, unsaid
 from mambaseq.data.cache import NotFetched
 from mambaseq.data.module import SequenceData, named_sets
-from mambaseq.domain import KINDS, catalog
+from mambaseq.domain import KINDS, catalog, not_installed
 from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.models import SequenceModel, build_model
@@ -268,7 +268,9 @@ def check(name: str, told: Callable[[Finding], None] | None = None) -> list[Find
     names = catalog()
     if name not in names.domains:
         broken = [reason for point, reason in names.broken.items() if point.partition(" ")[0] == name]
-        why = f" Its package cannot be loaded: {broken[0]}." if broken else did_you_mean(name, names.domains)
+        why = f" Its package cannot be loaded: {broken[0]}." if broken else not_installed(name)
+        near = did_you_mean(name, names.domains)
+        why = why or f"{near} A new one's package must be installed first: `pip install -e FOLDER`."
         raise ConfigError(f"No domain is named {shown(name)}.{why} `mambaseq list domains` shows them.")
     with tempfile.TemporaryDirectory(prefix="mambaseq-check-") as folder:
         checked = _Domain(name, Path(folder), told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.arguments import DTYPES, Arguments
+from mambaseq.arguments import DTYPES, Arguments, dtype_name
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.importing import uncollected
 from mambaseq.resources import model_folder
@@ -34,6 +34,7 @@ def _import(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--dtype",
+        type=dtype_name,
         choices=("keep", *DTYPES),
         default="keep",
         help="of the weights in the run; they are kept as they are by default",
@@ -68,7 +69,7 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, not there yet")
     parser.add_argument("--format", choices=("transformers",), default="transformers", help="whose form")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; otherwise that of the run's")
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="of the weights; otherwise that of the run's")
     add_allow_import(parser)
     given = parser.parse_args(argv)
     model_folder(given.checkpoint)  # before anything slow is imported

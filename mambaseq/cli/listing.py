@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from mambaseq.arguments import Arguments
-from mambaseq.domain import KINDS, catalog
+from mambaseq.domain import KINDS, catalog, not_installed
 from mambaseq.errors import UserError, cut_list, did_you_mean, shown
 
 SHOWN = ("domains", *KINDS)
@@ -17,7 +17,8 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join(SHOWN)}; all of them when left out")
     kind = parser.parse_args(argv).kind
     if kind is not None and kind not in SHOWN:
-        raise UserError(f"There is no kind {shown(kind)} to list.{did_you_mean(kind, SHOWN)} Kinds: {cut_list(SHOWN)}.")
+        near = not_installed(kind) or did_you_mean(kind, SHOWN)
+        raise UserError(f"There is no kind {shown(kind)} to list.{near} Kinds: {cut_list(SHOWN)}.")
     names = catalog()
     for listed in SHOWN if kind is None else (kind,):
         if listed == "domains":

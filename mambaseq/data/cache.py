@@ -73,7 +73,7 @@ def locate(name: str | Path) -> list[Path]:
         raise DataError(f"{shown(text)} is not a file name: {getattr(error, 'strerror', error)}. {remedy}") from error
     if not found:
         kind = NotFetched if separator and scheme == "fetched" else DataError
-        raise kind(f"There is no data file {shown(text, 300)} (looked for at {pattern}). {remedy}")
+        raise kind(f"There is no data file {shown(text, 300)} (looked for at {pattern.absolute()}). {remedy}")
     return found
 
 

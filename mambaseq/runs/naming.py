@@ -6,11 +6,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mambaseq.domain import catalog
+from mambaseq.domain import catalog, not_installed
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
 from mambaseq.plain import read_yaml
 from mambaseq.registry import Registry
@@ -56,9 +56,9 @@ def resolve_config(name: str) -> Path:
             f"{shown(name, 200)} is a run's folder. `mambaseq fit --resume {name[:200]}` goes on with the run; another "
             f"one begins with its configuration, --config {own[:200]}."
         )
-    known = [entry.name for entry in configs]
+    near = not_installed(name.partition("/")[0]) or did_you_mean(name, [entry.name for entry in configs])
     raise ConfigError(
-        f"No configuration is named {shown(name, 200)} and no file is there.{did_you_mean(name, known)} "
+        f"No configuration is named {shown(name, 200)} and no file is there.{near} "
         f"`mambaseq list configs` shows what there is."
     )
 
@@ -85,6 +85,7 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
         if (top := top.rstrip("+")) not in TOP:
             near = did_you_mean(f"--{top[:80]}", [f"--{name}" for name in TOP] if dot else options, least=0.8)
             ends = [] if dot or keys is None else sorted(one for one in keys.known if one.endswith(f".{top}"))
+            ends = _ELSEWHERE.get(key, ends)
             if not near and ends:
                 near = f" Did you mean {cut_list([shown(f'--{one}') for one in ends])}?"
         else:
@@ -99,6 +100,8 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
 
 
 _OF_THE_PARSER = ("help", "config", "print_config")
+_ELSEWHERE = {name: ["trainer.precision"] for name in ("dtype", "precision")}
+"""What other commands and programs call an option, and the keys that it is here."""
 _NAMED = {"data.name": "datasets", **{f"model.{part}.name": f"{part}s" for part in MODEL_PARTS}}
 
 
@@ -119,6 +122,15 @@ def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def near_key(key: str, known: Iterable[str], dashes: str = "") -> str:
+    """`did_you_mean` among the keys beside this one. Last steps are compared, since those before are the same and would
+    make any two keys alike. dashes: put before keys, as options have them."""
+    part, _, name = key.rpartition(".")
+    steps = (one.removeprefix(f"{part}.") for one in known if not part or one.startswith(f"{part}."))
+    alike = [f"{dashes}{part}.{one}" if part else f"{dashes}{one}" for one in steps if did_you_mean(name, [one])]
+    return did_you_mean(f"{dashes}{key}", alike)
+
+
 class _Keys(NamedTuple):
     """Keys of a configuration. known: those that sources tell. whole: the parts (`model.head`) of which they tell
     all."""
@@ -137,9 +149,7 @@ class _Keys(NamedTuple):
             name = key.removeprefix(f"{part}.").partition(".")[0]
             option = f"{part}.{name}"
             if option not in self.known:
-                own = [one for one in self.known if one.startswith(f"{part}.")]
-                alike = [f"--{one}" for one in own if did_you_mean(name, [one.removeprefix(f"{part}.")])]
-                return did_you_mean(f"--{option}", alike)
+                return near_key(option, self.known, "--")
         return ""
 
 

@@ -11,21 +11,22 @@ import glob
 import os
 import re
 import sys
+import types
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, Union, get_args, get_origin
 
 import jsonargparse
 
 from mambaseq.backbones.patterns import mixer_names
 from mambaseq.data.addresses import check_settings, redacted
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, UserError, did_you_mean, paragraph, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, paragraph, shown
 from mambaseq.models.building import check_mixer_options
 from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, SECTIONS, RunConfig
 from mambaseq.runs.help import keys_text
-from mambaseq.runs.naming import MODEL_PARTS, PROVIDED, resolve_config
+from mambaseq.runs.naming import MODEL_PARTS, PROVIDED, near_key, resolve_config
 from mambaseq.runs.parser import code_arguments, make_parser
 from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes
@@ -202,8 +203,41 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
 )
 
 
+_WRONG_VALUE = re.compile(r"Parser key ['\"](?P<key>[\w.]+)['\"]: .*\b(?:Given|Got) value: (?P<value>.*)$")
 _CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 _KINDS = {"int": "whole number", "float": "finite number", "str": "text", "bool": "true or false", "dict": "mapping"}
+
+
+def _choices(parser: jsonargparse.ArgumentParser, key: str, text: str) -> str:
+    """What a key takes that takes certain values or one of several plain types, and the text that is none of them; ""
+    for any other key, and for a single type, of which the parser's own message tells."""
+    kind = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == key), None)
+    values: list[Any] = []
+    kinds = []
+    for one in _members(kind):
+        if get_origin(one) is Literal:
+            values += [value for value in get_args(one) if str(value) not in map(str, values)]
+        elif one is type(None):
+            kinds.append("null")
+        elif one in (int, float, str, bool):
+            kinds.append(f"a {_KINDS[one.__name__]}" if one in (int, float) else _KINDS[one.__name__])
+        else:
+            return ""
+    if not values and len(kinds) < 2:
+        return ""
+    value: Any = text
+    with contextlib.suppress(UserError):
+        value = parse_yaml(text, key)
+    near = did_you_mean(text, map(str, values))
+    takes = f"one of {cut_list([*values, *kinds], 40, 500)}" if values else " or ".join(kinds)
+    return f"{key} must be {takes}; it is {shown(value)}.{near}"
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, and of those in it; a type that is none, alone."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [one for inner in get_args(kind) for one in _members(inner)]
+    return [kind]
 
 
 def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
@@ -213,15 +247,19 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
             parts = found.groupdict()
             key = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
             known = vars(parser.get_defaults().as_flat())
-            text, hint = f"there is no key {shown(key)}", did_you_mean(key, known)
-            part = key.rpartition(".")[0]
+            text, part = f"there is no key {shown(key)}", key.rpartition(".")[0]
+            beside = not part or any(other.startswith(f"{part}.") for other in known)
+            hint = near_key(key, known) if beside else did_you_mean(key, known)
             if (name := known.get(f"{part}.name")) is not None:  # a class's options
                 keys = [other for other in known if other.startswith(f"{part}.") and other != f"{part}.name"]
                 options = ", ".join(sorted(other.removeprefix(f"{part}.") for other in keys))
-                hint = f"{did_you_mean(key, keys)} {name} has {options or 'no options'}."
+                hint = f"{near_key(key, keys)} {name} has {options or 'no options'}."
                 chosen = f" --{part}.name {name}"
             break
     else:
+        wrong = _WRONG_VALUE.search(text)
+        if wrong is not None and (told := _choices(parser, wrong["key"], wrong["value"])):
+            return ConfigError(f"The configuration {source} cannot be used: {told}")
         text, hint = paragraph(_CLASS.sub(lambda found: _KINDS.get(found[1], found[1]), text), _EXPLAINED), ""
     return ConfigError(
         f"The configuration {source} cannot be used: {text}.{hint} `mambaseq fit --config {source}{chosen} "

@@ -125,7 +125,7 @@ class Table(abc.ABC):
 
     def told(self) -> str:
         """How much was written, for a message, after `close`."""
-        return f"{self.rows:,} {self.unit}"
+        return f"{self.rows:,} {self.unit.removesuffix('s') if self.rows == 1 else self.unit}"
 
     def begin(self, columns: Sequence[str]) -> None:
         """Set the columns of values, at the first prediction. Names that are taken get an underscore. Raises
@@ -335,7 +335,7 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
             if not rows.predicted:
                 raise
             rows.close()
-            told = f"The {rows.told()} finished before it are in {named(files.keep_partial())}."
+            told = f"What was finished before it, {rows.told()}, is in {named(files.keep_partial())}."
             if isinstance(error, UserError):
                 raise UserError(f"{error} {told}") from error
             print(f"\n{told}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -107,7 +108,8 @@ def parse(body: dict[str, Any], service: Service, chat: bool = False) -> Complet
     given = {key: value for key, value in body.items() if value is not None}
     for key, allowed in kind.fixed.items():
         if key in given and not any(given[key] == one for one in allowed):
-            raise ConfigError(f"{key} cannot be {shown(given[key])} here. Leave it out.")
+            possible = " or ".join(json.dumps(one) for one in allowed) or "null"
+            raise ConfigError(f"{key} cannot be {shown(given[key])} here. Leave it out, or give {possible}.")
     name = given.get("model", service.name)
     if name != service.name:
         raise NoModel.of(name, service.name)

@@ -319,3 +319,16 @@ def test_a_metric_of_the_last_batch_is_found(faulty: None) -> None:
     check_metric(BitsPerToken(), model, items)
     with pytest.raises(LawBroken, match="it depends on the batches"):
         check_metric(LastOnly(), model, items)
+
+
+def test_a_domain_that_is_not_installed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "unheard"]) == 2
+    assert "package must be installed first: `pip install -e FOLDER`." in capsys.readouterr().err
+    assert main(["new", "domain", "unheard"]) == 0
+    capsys.readouterr()
+    for words in (["check", "unheard"], ["list", "unheard"], ["fit", "--config", "unheard/waves"]):
+        assert main(words) == 2
+        assert "must be installed first: `pip install -e mambaseq-unheard`." in capsys.readouterr().err

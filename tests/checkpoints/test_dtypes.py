@@ -140,5 +140,5 @@ def test_another_dtype_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
             load_model(folder, dtype=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dtype must be float32"):
         generate_from(folder, prompt_text="a", dtype="int8")
-    assert main(["generate", "--checkpoint", str(folder), "--dtype", "bf16"]) == 2
-    assert "'bf16'" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", str(folder), "--dtype", "bf17"]) == 2
+    assert "'bf17'" in capsys.readouterr().err

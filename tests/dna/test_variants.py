@@ -320,6 +320,11 @@ def test_what_is_refused(run: Path, fasta: Path, tmp_path: Path) -> None:
     assert main(["dna/variants", "--reference", str(fasta), "x.vcf"]) == 2
 
 
+def test_misspelt_options_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dna/variants", "--ref", "x.fa", "x.vcf"]) == 2
+    assert "Did you mean '--reference'? `" in capsys.readouterr().err
+
+
 def test_mutagenesis_is_the_variants_of_a_region(run: Path, fasta: Path, tmp_path: Path) -> None:
     table = tmp_path / "ism.tsv"
     for picture in ("ism.svg", "ism.png"):

@@ -160,6 +160,10 @@ def test_printing_the_configuration_is_no_error(capsys) -> None:
         (BASE + "optimiser: {lr: 1}\n", [], r"no key 'optimiser.*'\. Did you mean 'optimizer"),
         (BASE.replace("mamba,", "mambo,"), [], r"no mixer is named 'mambo'\. Did you mean 'mamba'"),
         (BASE + "trainer: {max_step: 3}\n", [], r"no key 'trainer\.max_step'\. Did you mean 'trainer\.max_steps'"),
+        (BASE, ["--trainer.foo", "1"], r"no key 'trainer\.foo'\. `"),  # the step before is no likeness
+        (BASE, ["--model.mixer.rc", "1"], r"no key 'model\.mixer\.rc'\. mamba has"),
+        (BASE, ["--trainer.precision", "bf17"], r"must be one of 64, .*; it is 'bf17'\. Did you mean 'bf16'\?$"),
+        (BASE, ["--trainer.max_epochs", "a"], r"max_epochs must be a whole number or null; it is 'a'\.$"),
         ("seed: 1\n", [], r"needs data\.name"),
         ("just text\n", [], r"c\.yaml holds one str instead of names"),
         ("a: [1\n", [], r"c\.yaml, line 2, is not valid YAML"),
@@ -169,6 +173,13 @@ def test_mistakes_are_named_with_a_suggestion(config: Path, text: str, overrides
     config.write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse_config(str(config), overrides)
+
+
+@pytest.mark.parametrize("option", ["--dtype", "--precision"])
+def test_the_precision_of_a_run_is_found(config: Path, option: str, capsys) -> None:
+    config.write_text(BASE)
+    assert main(["fit", "--config", str(config), option, "bf16"]) == 2
+    assert f"'{option}'. Did you mean '--trainer.precision'?" in capsys.readouterr().err
 
 
 def test_unknown_configuration_is_suggested() -> None:

@@ -164,7 +164,7 @@ def test_what_was_finished_before_a_bad_file_is_kept(
     assert run(model, inputs, out, "--batch-size", batch_size) == 2
     (line,) = told(capsys)
     assert "bad.jsonl" in line
-    assert f"The 3 rows finished before it are in {tmp_path / 'o.partial.csv'}." in line
+    assert f"What was finished before it, 3 rows, is in {tmp_path / 'o.partial.csv'}." in line
     assert out.read_text() == "older"
     kept = rows_of(tmp_path / "o.partial.csv")
     assert [row["tokens"] for row in kept] == ["4", "11", "6"]
@@ -426,7 +426,7 @@ def test_a_table_that_flows_away(tmp_path: Path, capfd: pytest.CaptureFixture) -
     out, err = capfd.readouterr()
     assert out.splitlines()[0] == "file,record,start,stop,predicted,a,b,c,note"
     assert len(out.splitlines()) == 2
-    assert "1 rows in /dev/stdout" in err
+    assert "1 row in /dev/stdout" in err
     (tmp_path / "link.csv").symlink_to("real.csv")
     assert run(model, [source], tmp_path / "link.csv") == 0
     assert (tmp_path / "link.csv").is_symlink()

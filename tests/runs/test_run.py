@@ -173,7 +173,7 @@ def test_finished_rows_are_kept_whatever_the_kind(model: Path, tmp_path: Path, e
     good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     good.write_text('{"text": "a few words"}\n')
     bad.write_text("no json\n")
-    with pytest.raises(UserError, match=rf"1 rows finished before it are in .*out\.partial\{ending}"):
+    with pytest.raises(UserError, match=rf"finished before it, 1 row, is in .*out\.partial\{ending}"):
         ms.load(model).predict(good, bad, out=tmp_path / f"out{ending}")
     assert not (tmp_path / f"out{ending}").exists()
     kept = tmp_path / f"out.partial{ending}"

@@ -6,6 +6,7 @@ import gzip
 import http.server
 import json
 import lzma
+import re
 import socket
 import threading
 import tracemalloc
@@ -85,6 +86,8 @@ def test_empty_and_missing(tmp_path: Path) -> None:
         list(read_text(write(tmp_path / "empty.jsonl", "\n"), ByteTokenizer()))
     with pytest.raises(DataError, match=r"no data file .*gone\.txt"):
         text_files(str(tmp_path / "gone.txt"))
+    with pytest.raises(DataError, match=rf"'gone\.txt' \(looked for at {re.escape(str(Path.cwd()))}/gone\.txt\)"):
+        text_files("gone.txt")
     (tmp_path / "books").mkdir()
     with pytest.raises(DataError, match=r"is a folder\. Name the files in it, with a pattern: .*books/\*\*/\*\.txt"):
         text_files(str(tmp_path / "books"))

@@ -87,6 +87,7 @@ def test_several_at_once_are_each_what_generate_gives_with_penalties_and_stops(s
         ({"prompt": {}}, 400, "prompt must be"),
         ({"prompt": ["a"] * 4}, 400, "more answers than the 3"),
         ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": "20"}, 400, "max_tokens must be a whole number of at least 1, not '20'."),
         ({"temperature": NAN}, 400, "NaN"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"temprature": 1}, 400, "Did you mean 'temperature'"),
@@ -95,7 +96,8 @@ def test_several_at_once_are_each_what_generate_gives_with_penalties_and_stops(s
         ({"stop": [""]}, 400, "stop"),
         ({"stop": 5}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
-        ({"logprobs": 5}, 400, "logprobs"),
+        ({"logprobs": 5}, 400, "logprobs cannot be 5 here. Leave it out, or give null."),
+        ({"echo": True}, 400, "Leave it out, or give false."),
         ({"model": "gpt"}, 404, "no model 'gpt'"),
         (b"{", 400, "JSON"),
         (b"[" * 10_000, 400, "inside of each other"),
@@ -311,7 +313,7 @@ def test_sigterm_answers_what_was_asked_and_ends(run: Path, monkeypatch: pytest.
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(("options", "dtype"), [((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)])
+@pytest.mark.parametrize(("options", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
 def test_weights_in_16_bits_are_asked_for(
     run: Path, options: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

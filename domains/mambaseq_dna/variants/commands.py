@@ -88,8 +88,12 @@ def variants(argv: list[str]) -> int:
     if found.without:
         print(f"mambaseq dna/variants: {_told(found.without, found.rows)}", file=sys.stderr)
     out = Path(given.out)
-    print(f"{found.rows:,} rows in {out}", file=sys.stderr if is_stream(out) else sys.stdout)
+    print(f"{_rows(found.rows)} in {out}", file=sys.stderr if is_stream(out) else sys.stdout)
     return 0
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
 def _told(without: Mapping[str, int], rows: int) -> str:
@@ -130,5 +134,5 @@ def mutagenesis(argv: list[str]) -> int:
         **_shared_options(given),
     )
     drawn = "" if given.picture is None else f", and a picture in {given.picture}"
-    print(f"{len(table):,} rows in {given.out}{drawn}", file=sys.stderr if is_stream(Path(given.out)) else sys.stdout)
+    print(f"{_rows(len(table))} in {given.out}{drawn}", file=sys.stderr if is_stream(Path(given.out)) else sys.stdout)
     return 0
