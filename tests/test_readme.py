@@ -9,7 +9,9 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from pages import blocks, run_cell
 
@@ -36,12 +38,29 @@ def published(folder: Path) -> None:
     torch.save(to_upstream(weights(causal_lm(vocab_size=40, d_model=16, n_layers=2))), folder / "pytorch_model.bin")
 
 
+def own_data(folder: Path) -> None:
+    """A table of labelled sequences and a folder of recordings, as a reader may have."""
+    letters = np.random.default_rng(0).choice(list("ACGT"), (40, 100))
+    splits = ["train"] * 24 + ["validation"] * 8 + ["test"] * 8
+    rows = [
+        f"{number % 2},{split},{''.join(row)}\n"
+        for number, (split, row) in enumerate(zip(splits, letters, strict=True))
+    ]
+    (folder / "mine.csv").write_text("label,split,sequence\n" + "".join(rows))
+    (folder / "tones").mkdir()
+    for number in range(20):
+        name, pitch = ("low", 220) if number % 2 else ("high", 880)
+        wave = 0.3 * np.sin(2 * np.pi * (pitch + number) * np.arange(1600) / 16_000)
+        soundfile.write(folder / "tones" / f"{name}_{number}.wav", wave, 16_000)
+
+
 @pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, doctor's kernels for GPUs take seconds each
     (tmp_path / "data").symlink_to(ROOT / "data")
     published(tmp_path / "mamba-130m")
+    own_data(tmp_path)
     names: dict = {}
     ran = 0
     for language, text, line in blocks(ROOT / "README.md"):
