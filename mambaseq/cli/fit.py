@@ -12,7 +12,8 @@ from mambaseq.errors import ConfigError, under_key
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
 from mambaseq.resources import located, model_folder
-from mambaseq.runs.naming import resolve_config
+from mambaseq.runs.naming import check_files, resolve_config
+from mambaseq.runs.settings import read_settings
 
 
 def check_init_from(source: str) -> None:
@@ -67,6 +68,10 @@ def run(argv: list[str], command: str) -> int:
     resolve_config(config)
     check_overrides(parser, overrides, f"--config {config}", config)
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
+    raw = read_settings(resolve_config(config))
+    if arguments.resume is None:
+        folder.check_new()
+        check_files(raw, overrides)
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit
 

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype, parse_inputs
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.data.cache import check_there
+from mambaseq.errors import UserError
 from mambaseq.importing import uncollected
+from mambaseq.plain import read_json
 from mambaseq.resources import model_folder
+from mambaseq.runs.tables import check_ending
 
 
 def run(argv: list[str], command: str) -> int:
@@ -92,7 +96,7 @@ def run(argv: list[str], command: str) -> int:
     )
     add_allow_import(parser)
     arguments = parse_inputs(parser, argv)
-    model_folder(arguments.checkpoint)  # before anything slow is imported
+    _check_files(arguments.checkpoint, arguments.reader, arguments.inputs, Path(arguments.out))
     with uncollected(for_good=True):
         from mambaseq.runs.prediction import predict, report
 
@@ -121,3 +125,16 @@ def run(argv: list[str], command: str) -> int:
     )
     report(found, out)
     return 0
+
+
+def _check_files(checkpoint: str, reader: str | None, inputs: list[str], out: Path) -> None:
+    """Raise UserError, before anything slow is imported, where there is no model or no input, and for an ending of the
+    table that there is not."""
+    card = model_folder(checkpoint) / "model.json"
+    for name in inputs:
+        check_there(name)
+    try:
+        own = read_json(card).get("reader")
+    except UserError:
+        own = None  # what loads the model will tell
+    check_ending(out, str(reader or own or "").partition("/")[0])

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,6 +76,13 @@ def locate(name: str | Path) -> list[Path]:
         kind = NotFetched if separator and scheme == "fetched" else DataError
         raise kind(f"There is no data file {shown(text, 300)} (looked for at {pattern.absolute()}). {remedy}")
     return found
+
+
+def check_there(name: str | Path) -> None:
+    """Raise what `locate` raises for a path that is no pattern and where nothing is; what else there may be wrong is
+    for those who read it."""
+    if not re.search(r"[*?[:]", str(name)) and not os.path.lexists(os.path.expanduser(name)):  # noqa: PTH111 - Path's raises
+        locate(name)
 
 
 class Stopped(Exception):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mambaseq.atomic import atomic_file, json_text, write_failed
-from mambaseq.errors import UserError, shown
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.plain import read_json
 from mambaseq.resources import near_folder
 
@@ -114,6 +114,15 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds {', '.join(taken)} but no run: a run would overwrite it. Choose another --out, or "
                 "move it away."
+            )
+
+    def check_new(self) -> None:
+        """Raise ConfigError if a run is here, which a new one would overwrite. Of several processes only the first
+        asks: it may have begun when others do."""
+        if rank() == 0 and self.last.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run. Resume it (`mambaseq fit --resume {self.path}`), give another "
+                "--out, or remove it."
             )
 
     @contextlib.contextmanager

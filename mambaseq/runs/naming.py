@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mambaseq.data.cache import check_there
 from mambaseq.domain import catalog, not_installed
-from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown, under_key
 from mambaseq.plain import read_yaml
 from mambaseq.registry import Registry
 from mambaseq.reporting.runs import RunFolder
@@ -97,6 +98,25 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
         name = text if given else overrides[index + 1] if index + 1 < len(overrides) else ""
         if kind is not None and name and ":" not in name:
             catalog()[kind].entry(name, key)
+
+
+def check_files(raw: Mapping[str, Any], overrides: list[str]) -> None:
+    """Raise DataError for a path under data.files of one of our datasets where nothing is (see `check_there`).
+
+    raw: the configuration. overrides: `--key value`, over it; those of other kinds than a path are for the parser.
+    """
+    given = {key: value for key, value in (raw.get("data") or {}).items() if key in ("name", "files")}
+    for index, word in enumerate(overrides):
+        key, equals, text = word.partition("=")
+        if key.startswith("--data.") and key.partition(".")[2].rstrip("+") in ("name", "files"):
+            given[key.partition(".")[2]] = text if equals else "".join(overrides[index + 1 : index + 2])
+    name, files = given.get("name"), given.get("files")
+    datasets = catalog()["datasets"]
+    if not isinstance(name, str) or name not in datasets or datasets.entry(name).origin.partition(" ")[0] != "mambaseq":
+        return
+    if isinstance(files, str) and files and files != "null" and files[0] not in "[{\"'":
+        with under_key("data", given):
+            check_there(files)
 
 
 _OF_THE_PARSER = ("help", "config", "print_config")

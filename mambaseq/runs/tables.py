@@ -265,6 +265,22 @@ def known_ending(name: Path) -> bool:
     return ending in ENDINGS or any(entry.name.endswith(f"/{ending[1:]}") for entry in catalog()["tables"])
 
 
+def check_ending(out: Path, home: str = "") -> Path:
+    """Where a table named `out` is written (see `output_target`, whose errors are raised). Raises ConfigError for an
+    ending that no table has.
+
+    home: the model's domain, whose endings the message names.
+    """
+    target = output_target(out)
+    if out.suffix.lower() not in ("", ".txt") and not known_ending(out) and not is_stream(out):
+        others = sorted(
+            f".{entry.name.partition('/')[2]}" for entry in catalog()["tables"] if entry.name.startswith(f"{home}/")
+        )
+        known = cut_list([*ENDINGS, *others])
+        raise ConfigError(f"A table is written as {known}, not as {cut(out.name)}. Give another name with --out.")
+    return target
+
+
 def _made(ending: str, home: str) -> Any | None:
     """The class of a domain's table; home: the model's domain, whose table it is if several have one."""
     fitting = [entry.name for entry in catalog()["tables"] if entry.name.partition("/")[2] == ending[1:]]
@@ -307,13 +323,7 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
         rows.only = only
         yield rows, written
         return
-    target, ending = output_target(out), out.suffix.lower()
-    if ending not in ("", ".txt") and not known_ending(out) and not is_stream(out):
-        others = sorted(
-            f".{entry.name.partition('/')[2]}" for entry in catalog()["tables"] if entry.name.startswith(f"{home}/")
-        )
-        known = cut_list([*ENDINGS, *others])
-        raise ConfigError(f"A table is written as {known}, not as {cut(out.name)}. Give another name with --out.")
+    target, ending = check_ending(out, home), out.suffix.lower()
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     if is_stream(out):
         if known_ending(out) and ending not in (".csv", ".tsv"):

@@ -111,11 +111,8 @@ def fit(
     folder.check_place(begins=not resume)
     settings = parse_config(config, overrides)  # a refused run leaves no folder behind
     with folder.locked():
-        if not resume and folder.last.exists() and rank() == 0:
-            raise ConfigError(
-                f"{folder.path} already holds a run. Resume it (`mambaseq fit --resume {folder.path}`), give another "
-                "--out, or remove it."
-            )
+        if not resume:
+            folder.check_new()
         changed = changed_model_settings(config, settings.settings) if resume and overrides else []
         if changed := [key for key in changed if key.rpartition(".")[2] not in NOT_IN_WEIGHTS]:
             raise ConfigError(

@@ -50,6 +50,19 @@ WORDS = [
     ("dna/mutagenesis --checkpoint nowhere --reference a.fa --region a:1-2 --out o.csv", "no model at nowhere"),
     ("audio/score --generated a --real b --classifier nowhere", "There is no model at nowhere"),
     ("audio/compare nowhere --out page.html", "There is no model at nowhere"),
+    # files
+    ("fit --config broken.yaml", "broken.yaml, line 2, is not valid YAML"),
+    ("fit --config unknown.yaml", "unknown.yaml: there is no key 'optimiser'. Did you mean 'optimizer'?"),
+    ("fit --config dna/demo --out runs/dna-demo", "runs/dna-demo already holds a run"),
+    ("fit --config dna/finetune --data.files nowhere.csv", "data.files: There is no data file 'nowhere.csv'"),
+    ("fit --config files.yaml", "data.files: There is no data file 'nowhere.csv'"),
+    ("predict --checkpoint runs/dna-demo broken.yaml --out o.xlsx", "A table is written as .csv", "not as o.xlsx"),
+    ("predict --checkpoint runs/dna-demo nowhere.fa --out o.csv", "There is no data file 'nowhere.fa'"),
+    ("dna/variants --checkpoint runs/dna-demo --reference a.fa b.vcf", "There is no data file 'a.fa'"),
+    (
+        "dna/mutagenesis --checkpoint runs/dna-demo --reference a.fa --region a:1-2 --out o.csv",
+        "There is no data file 'a.fa'",
+    ),
     # options
     ("fit --confg dna/demo", "there is no key or option '--confg'", "Did you mean '--config'?"),
     ("generate --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
@@ -83,6 +96,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("data: {name: dna/species}\n")
     (folder / "odd.yaml").write_text("data: {name: [a]}\nmodel: {head: {name: {b: 1}}}\n")
+    (folder / "broken.yaml").write_text("data: [a\n")
+    (folder / "unknown.yaml").write_text("data: {name: dna/species}\noptimiser: {lr: 1}\n")
+    (folder / "files.yaml").write_text("data: {name: dna/labelled, files: nowhere.csv}\n")
     for name in ("model/model.json", "model/model.safetensors", "checkpoints/last.ckpt"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("{}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.arguments import Arguments
+from mambaseq.data.cache import check_there
 from mambaseq.importing import uncollected
 from mambaseq.outputs import is_stream
 from mambaseq.resources import model_folder
@@ -48,6 +49,13 @@ def _shared(parser: argparse.ArgumentParser, whats: tuple[str, ...]) -> None:
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
 
 
+def _check_there(given: argparse.Namespace, *inputs: str) -> None:
+    """Raise UserError where the model, the reference or another file is not there, before anything slow is imported."""
+    model_folder(given.checkpoint)
+    for name in (*given.reference, *inputs):
+        check_there(name)
+
+
 def _shared_options(given: argparse.Namespace) -> dict[str, Any]:
     """What was given for the options of `_shared` that are not files."""
     names = ("what", "window", "both_strands", "pool", "layer", "batch_tokens", "device")
@@ -73,7 +81,7 @@ def variants(argv: list[str]) -> int:
         help="FILE.tsv, .csv, .parquet or .vcf; the default is standard output",
     )
     given = parser.parse_args(argv)
-    model_folder(given.checkpoint)  # before anything slow is imported
+    _check_there(given)
     with uncollected(for_good=True):
         from mambaseq_dna.variants.scoring import score_variants
 
@@ -120,7 +128,7 @@ def mutagenesis(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="FILE", help="FILE.tsv, .csv or .parquet")
     parser.add_argument("--picture", metavar="FILE", help="FILE.png or .svg: effects as colours below a logo")
     given = parser.parse_args(argv)
-    model_folder(given.checkpoint)  # before anything slow is imported
+    _check_there(given)
     with uncollected(for_good=True):
         from mambaseq_dna.variants.mutagenesis import mutagenesis as run
 
