@@ -14,7 +14,8 @@ import mambaseq.cli
 from mambaseq.importing import uncollected
 
 SLOW = ("mambaseq.runs", "mambaseq.benchmarking", "mambaseq.checking", "mambaseq.reproduction")
-QUICK = ("mambaseq.runs.naming", "mambaseq.runs.trials")  # take names from the catalogue and sources alone
+# import no PyTorch, as tests/cli/test_told_at_once.py makes sure
+QUICK = tuple(f"mambaseq.runs.{name}" for name in ("naming", "settings", "tables", "trials"))
 
 
 def test_the_collector_stands_still_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
