@@ -70,7 +70,9 @@ def run(argv: list[str], command: str) -> int:
     folder.check_place(begins=arguments.resume is None)  # before anything slow is imported
     raw = read_settings(resolve_config(config))
     if arguments.resume is None:
-        folder.check_new()
+        if folder.last.exists():
+            with folder.locked():  # what another process trains is told as that
+                folder.check_new()
         check_files(raw, overrides)
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype, parse_inputs
@@ -137,4 +138,5 @@ def _check_files(checkpoint: str, reader: str | None, inputs: list[str], out: Pa
         own = read_json(card).get("reader")
     except UserError:
         own = None  # what loads the model will tell
-    check_ending(out, str(reader or own or "").partition("/")[0])
+    if not os.path.lexists(out):  # it may be an input, which is told as that
+        check_ending(out, str(reader or own or "").partition("/")[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mambaseq.atomic import json_text
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.generation.sampling import NEUTRAL
 from mambaseq.generation.stopping import check_stop
@@ -108,7 +108,7 @@ def parse(body: dict[str, Any], service: Service, chat: bool = False) -> Complet
     given = {key: value for key, value in body.items() if value is not None}
     for key, allowed in kind.fixed.items():
         if key in given and not any(given[key] == one for one in allowed):
-            possible = " or ".join(json.dumps(one) for one in allowed) or "null"
+            possible = " or ".join(json_text(one) for one in allowed) or "null"
             raise ConfigError(f"{key} cannot be {shown(given[key])} here. Leave it out, or give {possible}.")
     name = given.get("model", service.name)
     if name != service.name:

@@ -89,7 +89,7 @@ def test_items(tmp_path: Path) -> None:
     turned.setup()
     assert len(turned.clips("train")) == 6
     assert turned.clips("train")[0].shape == (40, 3)
-    told = r"one_0\.npy' \(has 40 book\(s\), read as frames_books, but 3 .* with data.layout: books_frames"
+    told = r"_0\.npy' \(has 40 book\(s\), read as frames_books, but 3 .* with data.layout: books_frames"
     with pytest.raises(DataError, match=told):
         CodeData(files=str(tmp_path / "turned"), vocabulary=20, books=3).setup()
 

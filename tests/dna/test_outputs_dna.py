@@ -124,7 +124,7 @@ def test_bins_and_regions(source: Path, tmp_path: Path) -> None:
     places = [(row.record, row.start) for row in parts.itertuples()]
     assert places[4:10] == [("chr10", 4), ("chr10", 8), ("chr2", 24), ("chr2", 28), ("chr2", 32), ("chr2", 36)]
     with pytest.raises(
-        UserError, match=r"'chr10', 4 to 12 is predicted twice.* 4 places with a value finished before it are"
+        UserError, match=r"'chr10', 4 to 12 is predicted twice.* finished before it, 4 places with a value, is in"
     ):
         run.predict(source, out=tmp_path / "p.bw", regions=["chr10:1-16", "10:5-12"], device="cpu")
     with pyBigWig.open(str(tmp_path / "p.partial.bw")) as track:

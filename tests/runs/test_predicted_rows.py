@@ -257,7 +257,7 @@ def test_a_record_whose_prediction_is_no_number(tmp_path: Path, capsys: pytest.C
     assert run(model, [source], tmp_path / "o.csv") == 2
     (line,) = told(capsys)
     assert "record 'line 1', 4 to 6: the signal holds values that are not finite numbers" in line
-    assert "The 3 rows finished before" in line
+    assert "What was finished before it, 3 rows, is in" in line
     assert run(model, [source], tmp_path / "o.csv", "--skip-bad") == 0
     rows = rows_of(tmp_path / "o.csv")
     assert [bool(row["value"]) for row in rows] == [True, True, True, False, True]
