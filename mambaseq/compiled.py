@@ -75,12 +75,16 @@ def inner_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return njit(**_NOT_FROM_PYTHON, **options)
 
 
-@functools.cache
-def _sources() -> str:
-    """Digest of the files that kernels take functions from."""
+def sources() -> list[Path]:
+    """The files that kernels take functions from; those of the domains take from their own alone."""
     ops = Path(__file__).parent / "ops"
+    return sorted([Path(__file__), *ops.glob("cpu/*.py"), *ops.rglob("*kernels.py")])
+
+
+@functools.cache
+def _digest() -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([Path(__file__), *ops.glob("cpu/*.py"), *ops.rglob("*kernels.py")]):
+    for path in sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -104,7 +108,7 @@ def kept_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return made
         if why_not_kept(Path(folder), source) is None:
             index = made._cache._cache_file
-            index._source_stamp = (index._source_stamp, _sources())
+            index._source_stamp = (index._source_stamp, _digest())
             return made
         return njit(**options)(function)
 

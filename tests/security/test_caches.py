@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import re
 import stat
 from pathlib import Path
 
@@ -191,8 +192,15 @@ def test_kernels_are_compiled_anew_when_what_they_take_changes(tmp_path: Path, m
 
     assert hits_and_misses() == (0, 1)
     assert hits_and_misses() == (1, 0)
-    monkeypatch.setattr(kept, "_sources", lambda: "others")
+    monkeypatch.setattr(kept, "_digest", lambda: "others")
     assert hits_and_misses() == (0, 1)
+
+
+def test_all_that_kernels_take_is_looked_at() -> None:
+    ops = Path(kept.__file__).parent / "ops"
+    taken = [path for path in ops.rglob("*.py") if re.search(r"@(inner_njit|intrinsic)\b", path.read_text())]
+    assert len(taken) > 5
+    assert set(taken) <= set(kept.sources())
 
 
 def test_without_a_folder_numba_compiles_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
