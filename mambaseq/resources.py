@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from mambaseq.atomic import settle
 from mambaseq.errors import ConfigError, UserError, did_you_mean, shown
@@ -50,6 +51,24 @@ def model_folder(path: str | Path) -> Path:
         f"There is no model at {str(path)[:300]}: no model.json and no model/model.json.{near} Give the folder of a "
         "run."
     )
+
+
+NGRAM: Literal["ngram"] = "ngram"
+"""In place of a draft's folder: guesses are what followed the same tokens before."""
+
+
+def check_draft(name: str | Path) -> None:
+    """Raise ConfigError unless a draft (see `mambaseq.generation.speculation`) is NGRAM or a folder with a model.
+    Nothing slow is imported."""
+    if str(name) == NGRAM:
+        return
+    try:
+        model_folder(name)
+    except UserError as error:
+        raise ConfigError(
+            f"--draft {shown(str(name), 300)} is no model: there is no model.json and no model/model.json."
+            f"{did_you_mean(str(name), [NGRAM])} Give {NGRAM}, or the folder of a run."
+        ) from error
 
 
 def near_folder(path: Path, holds: Callable[[Path], bool]) -> str:

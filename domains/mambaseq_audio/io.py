@@ -19,7 +19,7 @@ from mambaseq.data.spooled import Spooled, spooled
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, shown
 from mambaseq.limits import SAMPLES, check_unpacked
-from mambaseq.outputs import is_stream, numbered, output_file
+from mambaseq.outputs import is_stream, numbered, output_file, writes
 from mambaseq_audio.mulaw import Codec
 from mambaseq_audio.notices import Heard, Notices
 from mambaseq_audio.recordings import Recording, manifest_columns, recordings
@@ -334,6 +334,7 @@ def _values(blocks: Iterator[np.ndarray], tokenizer: Tokenizer | None, spool: bo
     return {"spooled": ids} if isinstance(ids, Spooled) else {"ids": ids}
 
 
+@writes("Sound is", ".wav", ".flac", folder=True)
 def write_wav(
     path: str | Path,
     sequences: Sequence[np.ndarray],
@@ -362,15 +363,10 @@ def write_wav(
     return files
 
 
-def sound_files(path: str | Path, count: int, endings: Sequence[str] = (".wav", ".flac")) -> list[Path]:
-    """The files of `count` sounds that are written to `path`; see `write_wav`. endings: those that are allowed. Raises
-    ConfigError for another one."""
+def sound_files(path: str | Path, count: int) -> list[Path]:
+    """The files of `count` sounds that are written to `path`; see `write_wav`."""
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in ("", *endings):
-        names = " or ".join(endings)
-        raise ConfigError(f"Sound is written as {names}, not as {path.name}. Give another name with --out.")
-    if suffix or (not path.is_dir() and is_stream(path)):
+    if path.suffix or (not path.is_dir() and is_stream(path)):
         return numbered(path, count)
     digits = max(3, len(str(count - 1)))
     return [path / f"{number:0{digits}d}.wav" for number in range(count)]

@@ -1,12 +1,13 @@
-"""The base of codecs of samples, and the 8-bit mu-law codec of ITU-T G.711, as tokens."""
+"""The base of codecs of samples, and the 8-bit mu-law codec of ITU-T G.711, as tokens.
+
+PyTorch is imported where it computes, so that commands that only ask what sound is written as need not wait for it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import torch
-import torchaudio.functional
 
 from mambaseq.data.store import smallest_dtype
 from mambaseq.data.tokenizer import Tokenizer
@@ -59,6 +60,9 @@ class MuLaw(Codec):
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Levels of a waveform: `(length,)` float in [-1, 1] to `(length,)` uint8."""
+        import torch
+        import torchaudio.functional
+
         signal = torch.from_numpy(np.ascontiguousarray(raw, dtype=np.float32)).clamp(-1.0, 1.0)
         levels: np.ndarray = torchaudio.functional.mu_law_encoding(signal, LEVELS).to(torch.uint8).numpy()
         return levels
@@ -68,6 +72,9 @@ class MuLaw(Codec):
 
         Raises ValueError for ids outside of [0, 256).
         """
+        import torch
+        import torchaudio.functional
+
         levels = torch.from_numpy(self.checked(ids))
         signal: np.ndarray = torchaudio.functional.mu_law_decoding(levels, LEVELS).numpy()
         return signal

@@ -17,10 +17,9 @@ import soundfile
 from mambaseq.atomic import write_failed
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.outputs import is_stream, output_stream, output_target
+from mambaseq.outputs import check_written, is_stream, output_stream, output_target
 from mambaseq_audio.io import check_rate, in_sixteen_bits, sound_files, write_wav
 from mambaseq_audio.mulaw import Codec
-from mambaseq_audio.spectrogram import draw
 
 ENDINGS = (".wav", ".flac", ".pcm")
 STDOUT = Path("/dev/stdout")
@@ -37,6 +36,8 @@ class Wav:
     What has been written is a sound file at any time: a wav's header is mended with every piece, and a flac is ended
     when generation is interrupted.
     """
+
+    written_as = ("Sound is", ENDINGS, True)  # see `mambaseq.outputs.writes`
 
     def __call__(
         self,
@@ -63,9 +64,10 @@ class Wav:
 
     def files(self, path: Path, count: int) -> list[Path]:
         """See `write_wav`. Raises ConfigError for another suffix."""
+        check_written(self, path)
         if path.stem == "-" and count > 1:
             raise ConfigError(f"--out {path} takes one result, but there are {count:,}. Give the name of a file.")
-        return [path] if path.stem == "-" else sound_files(path, count, ENDINGS)
+        return [path] if path.stem == "-" else sound_files(path, count)
 
     def begin(
         self, file: Path, tokenizer: Tokenizer, total: int, *, sample_rate: int, channels: Literal[1, 2] = 1
@@ -80,6 +82,8 @@ class Wav:
 
     def picture(self, file: Path, prompt: int, *, sample_rate: int, channels: Literal[1, 2] = 1) -> bytes | None:
         """The waveform above its spectrogram, at most 30 seconds; of a long prompt the last two of them."""
+        from mambaseq_audio.spectrogram import draw  # it imports PyTorch and Matplotlib
+
         given = prompt // channels
         start, length = max(given - _BEFORE * sample_rate, 0), _DRAWN * sample_rate
         raw: dict[str, Any] = {}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Container
+from pathlib import Path
+from typing import Any
 
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.importing import uncollected
+from mambaseq.plain import read_json
+from mambaseq.resources import model_folder
 from mambaseq.runs.naming import check_names
 
 
@@ -29,6 +33,16 @@ def check_overrides(
     """
     known = [name for name, action in parser._option_string_actions.items() if action.dest not in unused]
     check_names(overrides, f"{parser.prog} {named}", [name for name in known if name[:2] == "--"], config)
+
+
+def read_card(checkpoint: str | Path) -> dict[str, Any]:
+    """What the model.json of a run or an exported model holds; {} for a damaged one, which what loads the model tells.
+    Raises UserError where there is none."""
+    card = model_folder(checkpoint) / "model.json"
+    try:
+        return read_json(card)
+    except UserError:
+        return {}
 
 
 def asks_for_help(left: list[str]) -> bool:

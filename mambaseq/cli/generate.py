@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype
+from mambaseq.cli.arguments import read_card
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
-from mambaseq.resources import model_folder
+from mambaseq.outputs import check_written, is_stream
+from mambaseq.resources import check_draft
 
 
 def run(argv: list[str], command: str) -> int:
@@ -133,8 +138,7 @@ def run(argv: list[str], command: str) -> int:
     repeat = given.pop("repeat")
     if given["checkpoint"] is None and repeat is None:
         parser.error("one of --checkpoint and --repeat is needed")
-    if given["checkpoint"] is not None:
-        model_folder(given["checkpoint"])  # before anything slow is imported
+    _check_files(given, repeat)
     with uncollected(for_good=True):
         from mambaseq.runs.generation import generate_text, generate_to
         from mambaseq.runs.repeating import check_alone, repeated
@@ -173,6 +177,23 @@ def run(argv: list[str], command: str) -> int:
     return 0
 
 
+def _check_files(given: Mapping[str, Any], repeat: str | None) -> None:
+    """Raise UserError, before anything slow is imported, where there is no model, no draft or no file of those that are
+    named, and for an ending of --out that the writer does not write. repeat: a file that says the writer."""
+    card = {} if given["checkpoint"] is None else read_card(given["checkpoint"])
+    if given["draft"] is not None:
+        check_draft(given["draft"])
+    for option in ("repeat", "prompts", "condition_table", "from_state"):
+        path = repeat if option == "repeat" else given[option]
+        if path is not None and not os.path.lexists(path):
+            raise ConfigError(f"There is no file {shown(path, 300)} (--{option.replace('_', '-')}). Check the path.")
+    writer = given["writer"] or card.get("writer")
+    if given["out"] is not None and repeat is None and isinstance(writer, str) and ":" not in writer:
+        with uncollected():
+            write = catalog()["writers"].get(writer)
+        check_written(write, _output(given["out"]))
+
+
 def _write(text: str) -> None:
     print(text, end="", flush=True)
 
@@ -198,7 +219,5 @@ def _tell_drafts(came_of_drafts: object) -> None:
 
 
 def _tell(files: list[Path]) -> None:
-    from mambaseq.outputs import is_stream
-
     for path in files:
         print(path, file=sys.stderr if path.stem == "-" or is_stream(path) else sys.stdout)

@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 
 from mambaseq.arguments import Arguments, add_condition, add_condition_columns, add_dtype, parse_inputs
+from mambaseq.cli.arguments import read_card
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.data.cache import check_there
-from mambaseq.errors import UserError
 from mambaseq.importing import uncollected
-from mambaseq.plain import read_json
-from mambaseq.resources import model_folder
 from mambaseq.runs.tables import check_ending
 
 
@@ -131,12 +129,8 @@ def run(argv: list[str], command: str) -> int:
 def _check_files(checkpoint: str, reader: str | None, inputs: list[str], out: Path) -> None:
     """Raise UserError, before anything slow is imported, where there is no model or no input, and for an ending of the
     table that there is not."""
-    card = model_folder(checkpoint) / "model.json"
+    own = read_card(checkpoint).get("reader")
     for name in inputs:
         check_there(name)
-    try:
-        own = read_json(card).get("reader")
-    except UserError:
-        own = None  # what loads the model will tell
     if not os.path.lexists(out):  # it may be an input, which is told as that
         check_ending(out, str(reader or own or "").partition("/")[0])

@@ -6,6 +6,7 @@ from mambaseq.arguments import Arguments
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.cli.runs import print_table
 from mambaseq.importing import uncollected
+from mambaseq.runs.naming import check_settings, resolve_config
 from mambaseq.runs.trials import read_plan
 
 
@@ -22,7 +23,10 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="folder of the runs; runs/NAME of the file when left out")
     add_allow_import(parser)
     arguments = parser.parse_args(argv)
-    read_plan(arguments.plan)  # before anything slow is imported
+    plan = read_plan(arguments.plan)  # before anything slow is imported
+    resolve_config(plan.config)
+    for settings in plan.first_values():
+        check_settings({**plan.settings, **settings}, plan.config, plan.source)
     with uncollected(for_good=True):
         from mambaseq.runs.sweep import sweep
 

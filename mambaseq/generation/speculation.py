@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ from mambaseq.generation.stopping import Watch
 from mambaseq.limits import check_whole
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import evaluating
+from mambaseq.resources import NGRAM
 
-NGRAM: Literal["ngram"] = "ngram"
 # Tokens that are added without a look at them, where nothing is guessed.
 _BURST = {"cuda": 8}
 _LONGEST_BURST = 64

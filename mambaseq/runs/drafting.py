@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from mambaseq.checkpoints import LoadedModel, load_model
-from mambaseq.checkpoints.export import has_model
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, did_you_mean, shown
-from mambaseq.generation.speculation import MOST_GUESSES, NGRAM, Speculation
+from mambaseq.errors import ConfigError, shown
+from mambaseq.generation.speculation import MOST_GUESSES, Speculation
+from mambaseq.resources import NGRAM, check_draft
 from mambaseq.runs.known import Known
 
 
@@ -41,13 +41,9 @@ def drafted(
     place, dtype: of its weights.
     Raises UserError for a draft that cannot be loaded, has another tokenizer, or does not know the condition.
     """
+    check_draft(draft)
     if str(draft) == NGRAM:
         return Speculation.of(NGRAM, tokens)
-    if not has_model(draft):
-        raise ConfigError(
-            f"--draft {shown(str(draft), 300)} is no model: there is no model.json and no model/model.json."
-            f"{did_you_mean(str(draft), [NGRAM])} Give {NGRAM}, or the folder of a run."
-        )
     other = load_model(draft, place, dtype)
     if loaded.tokenizer is None or other.tokenizer is None or not _equal(loaded.tokenizer, other.tokenizer):
         raise ConfigError(

@@ -6,14 +6,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mambaseq.data.cache import check_there
 from mambaseq.domain import catalog, not_installed
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown, under_key
-from mambaseq.plain import read_yaml
+from mambaseq.plain import flatten, read_yaml
 from mambaseq.registry import Registry
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import find
@@ -71,13 +71,19 @@ def config_of(config: str) -> str:
 
 
 def check_names(overrides: list[str], source: str, options: list[str], config: str | None = None) -> None:
-    """Raise ConfigError for a word that nearly is one of the command's options or keys, and for a registered name that
-    there is not. What is like none is for the parser of the configuration, which knows all that the named classes take.
+    """Raise ConfigError for a word that nearly is one of the command's options, for a key that there is not, in the
+    words or in the configuration's file, and for a registered name that there is not. Where the sources of the named
+    classes do not tell all that they take, a key is for the parser of the configuration.
 
     source: the command, for the message. options: those of the command itself, with their dashes. config: a registered
         configuration or its file, whose names say which keys there are.
     """
-    keys = _keys(config, overrides) if config is not None and any(word.startswith("--") for word in overrides) else None
+    raw = _written(config)
+    keys = None if raw is None else _keys(raw, overrides)
+    if raw is not None and keys is not None:
+        given = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
+        own = keys if given.isdisjoint(_NAMED) else _keys(raw, [])  # of a class that is replaced: they are dropped
+        _check_keys(flatten(raw), (keys, own), str(config), source, given)
     for index, word in enumerate(overrides):
         key, given, text = word[2:].partition("=")
         if not word.startswith("--") or not key or key in _OF_THE_PARSER:
@@ -90,14 +96,51 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
             if not near and ends:
                 near = f" Did you mean {cut_list([shown(f'--{one}') for one in ends])}?"
         else:
-            near = "" if keys is None else keys.near(key.rstrip("+"))
+            near = "" if keys is None else keys.near(key.rstrip("+"), "--")
         if near:
             told = shown(word.partition("=")[0], 200)
             raise ConfigError(f"there is no key or option {told}.{near} `{source} --help` lists the keys.")
-        kind = _NAMED.get(key)
+        kind = _REGISTERED.get(key)
         name = text if given else overrides[index + 1] if index + 1 < len(overrides) else ""
         if kind is not None and name and ":" not in name:
             catalog()[kind].entry(name, key)
+
+
+def check_settings(settings: Mapping[str, Any], config: str, where: str) -> None:
+    """Raise ConfigError as `check_names` does, for settings by whole keys over a configuration, and for its own.
+
+    where: what holds the settings, for the message.
+    """
+    source = f"mambaseq fit --config {config}"
+    check_names([], source, [], config)
+    words = [f"--{key}={value}" for key, value in settings.items() if isinstance(value, str)]
+    words += [f"--{key}=" for key, value in settings.items() if not isinstance(value, str)]
+    _check_keys(settings, (_keys(_written(config) or {}, words),), where, source)
+
+
+def _check_keys(
+    written: Mapping[str, Any], keys: Sequence[_Keys], where: str, source: str, but: Container[str] = ()
+) -> None:
+    """Raise ConfigError for a key that is none of any of `keys`, and for a registered name that there is not.
+
+    written: values by whole keys. where: what holds them. source: the command, for the message. but: keys whose names
+        do not count.
+    """
+    for key in written:
+        if all(near := [one.near(key) for one in keys]):
+            raise ConfigError(f"{where}: there is no key {shown(key, 200)}.{near[0]} `{source} --help` lists the keys.")
+    for key, value in written.items():
+        kind = _REGISTERED.get(key)
+        if kind is not None and key not in but and isinstance(value, str) and value and ":" not in value:
+            catalog()[kind].entry(value, f"{where}: {key}")
+
+
+def _written(config: str | None) -> dict[str, Any] | None:
+    """What a configuration's file holds; {} for one that cannot be read, which what reads it all will tell."""
+    try:
+        return None if config is None else read_yaml(resolve_config(config), "")
+    except UserError:
+        return {}
 
 
 def check_files(raw: Mapping[str, Any], overrides: list[str]) -> None:
@@ -123,6 +166,7 @@ _OF_THE_PARSER = ("help", "config", "print_config")
 _ELSEWHERE = {name: ["trainer.precision"] for name in ("dtype", "precision")}
 """What other commands and programs call an option, and the keys that it is here."""
 _NAMED = {"data.name": "datasets", **{f"model.{part}.name": f"{part}s" for part in MODEL_PARTS}}
+_REGISTERED = {**_NAMED, "optimizer.name": "optimizers"}
 
 
 def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -158,45 +202,53 @@ class _Keys(NamedTuple):
     known: set[str]
     whole: set[str]
 
-    def near(self, key: str) -> str:
-        """`did_you_mean` for a key that there is not; "" for one that there may be."""
+    def near(self, key: str, dashes: str = "") -> str:
+        """What there is instead of a key that there is not; "" for one that there may be. dashes: see `near_key`."""
         top, *steps = key.split(".")
         if top == "model" and steps and steps[0] not in _OF_THE_MODEL:
-            known = [".".join([f"--model.{one}", *steps[1:]]) for one in _OF_THE_MODEL]
-            known += [f"--{one}" for one in self.known if one.startswith("model.") and one.endswith(f".{steps[-1]}")]
-            return did_you_mean(f"--{key}", known) or f" Under model there is {cut_list(_OF_THE_MODEL)}."
+            known = [".".join([f"{dashes}model.{one}", *steps[1:]]) for one in _OF_THE_MODEL]
+            ends = (one for one in self.known if one.startswith("model.") and one.endswith(f".{steps[-1]}"))
+            known += [f"{dashes}{one}" for one in ends]
+            return did_you_mean(f"{dashes}{key}", known) or f" Under model there is {cut_list(_OF_THE_MODEL)}."
         for part in (one for one in self.whole if key.startswith(f"{one}.")):
-            name = key.removeprefix(f"{part}.").partition(".")[0]
-            option = f"{part}.{name}"
+            option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
             if option not in self.known:
-                return near_key(option, self.known, "--")
+                there = sorted(one.removeprefix(f"{part}.") for one in self.known if one.startswith(f"{part}."))
+                return near_key(option, self.known, dashes) + f" Under {part} there is {cut_list(there, 40, 600)}."
         return ""
 
 
 _OF_THE_MODEL = (*MODEL_PARTS, "mixers", "d_model", "tie_embeddings")
 
 
-def _keys(config: str, overrides: list[str]) -> _Keys:
-    """The keys of a configuration, as far as sources tell them."""
-    try:
-        raw = read_yaml(resolve_config(config), "")
-    except UserError:
-        raw = {}  # what reads it all will tell
+def _keys(raw: Mapping[str, Any], overrides: list[str]) -> _Keys:
+    """The keys of a configuration, as far as sources tell them. raw: what its file holds."""
     keys = _Keys(set(), set())
     words = {key: text for key, _, text in (word[2:].partition("=") for word in overrides)}
     words |= {word[2:]: after for word, after in itertools.pairwise(overrides) if word.startswith("--")}
-    targets: dict[str, str | None] = dict(SECTIONS)
-    for key, kind in _NAMED.items():
-        part = key.removesuffix(".name")
+
+    def written(key: str) -> Any:
         holder: Any = raw
-        for step in part.split("."):
-            holder = holder.get(step) if isinstance(holder, dict) else None
-        written = holder.get("name") if isinstance(holder, dict) else None
-        name: Any = words.get(key) or written or MODEL_PARTS.get(part.rpartition(".")[2])
+        for step in key.split("."):
+            holder = holder.get(step) if isinstance(holder, Mapping) else None
+        return holder
+
+    targets: dict[str, str | None] = dict(SECTIONS)
+    kinds = {key.removesuffix(".name"): kind for key, kind in _NAMED.items()}
+    mixers = written("model.mixers")
+    among = {found[1] for word in words if (found := _MIXERS.match(word)) is not None}
+    among |= set(mixers) if isinstance(mixers, Mapping) else set()
+    kinds |= {f"model.mixers.{name}": "mixers" for name in among}
+    for part, kind in kinds.items():
+        last = part.rpartition(".")[2]
+        name = words.get(f"{part}.name") or written(f"{part}.name") or MODEL_PARTS.get(last, last)
         targets[part] = catalog()[kind].entry(name).target if name in catalog()[kind] else None
     for part, target in targets.items():
         if (found := None if target is None else arguments_in(target)) is not None:
             keys.known.update(f"{part}.{name}" for name in (found if part == "data" else found - PROVIDED))
             keys.whole.add(part)
-            keys.known.update([f"{part}.name"] if f"{part}.name" in _NAMED else [])
+            keys.known.update([f"{part}.name"] if part in kinds else [])
     return keys
+
+
+_MIXERS = re.compile(r"model\.mixers\.([^.]+)\.")

@@ -126,16 +126,20 @@ class Plan:
     def to_check(self) -> Iterator[dict[str, Any]]:
         """Settings that together have each value of each key, and both ends of each range; with all combinations of
         those values on which it depends what other keys there are."""
-        values = self._values()
-        deciding = {key: found for key, found in values.items() if key.endswith(_DECIDES)}
-        others = {key: found for key, found in values.items() if key not in deciding}
-        first = {key: found[0] for key, found in others.items()}
-        for chosen in itertools.product(*deciding.values()):
-            fixed = dict(zip(deciding, chosen, strict=True))
-            yield fixed | first
+        others = {key: found for key, found in self._values().items() if not key.endswith(_DECIDES)}
+        for fixed in self.first_values():
+            yield fixed
             for key, found in others.items():
                 for value in found[1:]:
-                    yield fixed | first | {key: value}
+                    yield fixed | {key: value}
+
+    def first_values(self) -> Iterator[dict[str, Any]]:
+        """The first value of each key, with all combinations of those on which it depends what other keys there are."""
+        values = self._values()
+        first = {key: found[0] for key, found in values.items()}
+        deciding = {key: found for key, found in values.items() if key.endswith(_DECIDES)}
+        for chosen in itertools.product(*deciding.values()):
+            yield first | dict(zip(deciding, chosen, strict=True))
 
     def checks(self) -> int:
         """The number of settings of `to_check`."""

@@ -299,7 +299,7 @@ def test_write_wav_names(tmp_path: Path) -> None:
     assert write_wav(tmp_path / "folder", three, MuLaw(), sample_rate=8000) == files  # once more into the same folder
     assert sorted((tmp_path / "folder").iterdir()) == files
     assert soundfile.info(files[2]).format == "WAV"
-    with pytest.raises(ConfigError, match=r"\.wav or \.flac"):
+    with pytest.raises(ConfigError, match=r"\.wav, \.flac, not as x\.mp3"):
         write_wav(tmp_path / "x.mp3", three, MuLaw(), sample_rate=8000)
 
 

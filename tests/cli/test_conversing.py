@@ -126,7 +126,7 @@ def test_states_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     cases = [
         (language_model(tmp_path / "n"), [], place, "is the state of another model"),
         (model, [], bad, "cannot be read"),
-        (model, [], tmp_path / "none", "cannot be read"),
+        (model, [], tmp_path / "none", "There is no file"),
         (model, [], other, "holds no state that this mambaseq knows"),
         (model, ["--condition", "a"], place, "under its own condition"),
     ]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError
 from mambaseq.runs.config import SECTIONS as CLASSES
 from mambaseq.runs.naming import check_names
+from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.signatures import SECTIONS, arguments_in
 from mambaseq.specs import arguments_of
 
@@ -63,6 +65,33 @@ WORDS = [
         "dna/mutagenesis --checkpoint runs/dna-demo --reference a.fa --region a:1-2 --out o.csv",
         "There is no data file 'a.fa'",
     ),
+    ("generate --checkpoint runs/dna-demo --out x.mp3", "DNA is written as .fa", "not as x.mp3"),
+    ("generate --checkpoint runs/dna-demo --writer audio/wav --out x.mp3", "Sound is written as .wav, .flac, .pcm"),
+    ("generate --checkpoint runs/dna-demo --writer text/text --out=-.mp3", "Text is written as .txt"),
+    ("generate --checkpoint runs/dna-demo --writer csv --out x.tsv", "A signal is written as .csv, not as x.tsv"),
+    ("generate --checkpoint runs/dna-demo --writer audio/codes --out x.npz", "Codes are written as .npy"),
+    ("generate --checkpoint runs/dna-demo --writer audio/wave --out x.wav", "Did you mean 'audio/wav'?"),
+    ("generate --checkpoint runs/dna-demo --out runs", "--out runs is a folder"),
+    ("generate --checkpoint runs/dna-demo --draft ngrm", "--draft 'ngrm' is no model", "Did you mean 'ngram'?"),
+    ("generate --checkpoint runs/dna-demo --draft nowhere", "--draft 'nowhere' is no model"),
+    ("generate --checkpoint runs/dna-demo --prompts p.txt", "There is no file 'p.txt' (--prompts)"),
+    ("generate --checkpoint runs/dna-demo --condition-table p.csv", "There is no file 'p.csv' (--condition-table)"),
+    ("generate --checkpoint runs/dna-demo --from-state p.safetensors", "no file 'p.safetensors' (--from-state)"),
+    ("generate --repeat x.json --out x.wav", "There is no file 'x.json' (--repeat)"),
+    # keys and names in files
+    ("fit --config length.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
+    ("fit --config inner.yaml", "there is no key 'data.init_args.batchsize'. Under data there is cache, "),
+    ("fit --config parts.yaml", "there is no key 'model.backbon.n_layers'. Did you mean 'model.backbone.n_layers'?"),
+    ("fit --config mixers.yaml", "no key 'model.mixers.mamba2.head_dm'. Did you mean 'model.mixers.mamba2.head_dim'?"),
+    ("fit --config draft.yaml", "there is no key 'generation.draft.tokens'. Under generation there is max_new_tokens"),
+    ("fit --config steps.yaml", "steps.yaml: there is no key 'trainer.max_step'. Did you mean 'trainer.max_steps'?"),
+    ("fit --config steps.yaml --data.lenght 3", "steps.yaml: there is no key 'trainer.max_step'."),
+    ("fit --config named.yaml", "named.yaml: model.mixer.name: no mixer is named 'mambaa'. Did you mean 'mamba'?"),
+    ("fit --config optimizer.yaml", "optimizer.yaml: optimizer.name: no optimizer is named 'adam'. Did you mean"),
+    ("fit --config dna/demo --optimizer.name adam", "optimizer.name: no optimizer is named 'adam'. Did you mean"),
+    ("data audit length.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
+    ("sweep sweep.yaml", "sweep.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
+    ("sweep swept.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
     # options
     ("fit --confg dna/demo", "there is no key or option '--confg'", "Did you mean '--config'?"),
     ("generate --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
@@ -78,14 +107,29 @@ WORDS = [
     ("fit --config dna/demo --model.backbon.n_layers 3", "Did you mean '--model.backbone.n_layers'?"),
     ("fit --config dna/demo --model.backbone.n_layer=3", "Did you mean '--model.backbone.n_layers'?"),
     ("fit --config dna/demo --model.n_layers 3", "Did you mean '--model.backbone.n_layers'?"),
-    ("fit --config dna/demo --model.mixer.name mamba2 --model.mixer.headim 3", "Did you mean '--model.mixer.head"),
+    ("fit --config dna/demo --model.mixer.name mamba2 --model.mixer.head_dm 3", "Did you mean '--model.mixer.head"),
     ("fit --config dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
     ("fit --config dna/demo --trainer.max_step 3", "Did you mean '--trainer.max_steps'?"),
     ("fit --config dna/demo --optimizer.lrr 3", "Did you mean '--optimizer.lr'?"),
     ("fit --config dna/demo --max_steps 3", "Did you mean '--trainer.max_steps'?"),
+    ("fit --config dna/demo --trainer.foo 3", "there is no key or option '--trainer.foo'. Under trainer there is"),
+    ("fit --config dna/demo --model.mixers.mlp.expnd 3", "Did you mean '--model.mixers.mlp.expand'?"),
     ("data audit dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
     ("test --checkpoint runs/dna-demo --data.lenght 3", "Did you mean '--data.length'?"),
 ]
+
+WRITTEN = {
+    "length": "data: {name: dna/species, lenght: 3}\n",
+    "inner": "data: {name: dna/species, init_args: {batchsize: 3}}\n",
+    "parts": "data: {name: dna/species}\nmodel: {backbon: {n_layers: 3}}\n",
+    "mixers": "data: {name: dna/species}\nmodel: {mixers: {mamba2: {head_dm: 3}}}\n",
+    "draft": "data: {name: dna/species}\ngeneration: {draft: {tokens: 99}}\n",
+    "steps": "data: {name: dna/species}\ntrainer: {max_step: 3}\n",
+    "named": "data: {name: dna/species}\nmodel: {mixer: {name: mambaa}}\n",
+    "optimizer": "data: {name: dna/species}\noptimizer: {name: adam}\n",
+    "sweep": "config: dna/demo\ngrid: {data.lenght: [3, 4]}\n",
+    "swept": "config: length.yaml\ngrid: {seed: [3, 4]}\n",
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +142,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     (folder / "odd.yaml").write_text("data: {name: [a]}\nmodel: {head: {name: {b: 1}}}\n")
     (folder / "broken.yaml").write_text("data: [a\n")
     (folder / "unknown.yaml").write_text("data: {name: dna/species}\noptimiser: {lr: 1}\n")
+    for name, text in WRITTEN.items():
+        (folder / f"{name}.yaml").write_text(text)
     (folder / "files.yaml").write_text("data: {name: dna/labelled, files: nowhere.csv}\n")
     for name in ("model/model.json", "model/model.safetensors", "checkpoints/last.ckpt"):
         (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text("{}")
+        (run / name).write_text('{"writer": "dna/fasta"}')
     code = f"""
 import contextlib, io, json, sys
 for name in ("torch", "pandas", "transformers", "scipy"):
@@ -128,9 +174,27 @@ def test_what_is_misspelt_is_told_at_once(number: int, told: list[tuple[int, str
 
 
 @pytest.mark.parametrize("key", ["trainer.foo", "data.x", "loader.shuffle", "model.mixer.foo"])
-def test_a_key_that_is_like_no_other_is_left_to_the_parser(key: str) -> None:
+def test_a_key_that_is_like_no_other_is_not_said_to_be(key: str) -> None:
     """What keys of one section have in common does not make them alike."""
-    check_names([f"--{key}=1"], "mambaseq fit --config dna/demo", [], "dna/demo")
+    with pytest.raises(ConfigError, match=f"no key or option '--{key}'. Under {key.rpartition('.')[0]} there is"):
+        check_names([f"--{key}=1"], "mambaseq fit --config dna/demo", [], "dna/demo")
+
+
+def test_every_key_of_a_configuration_may_be_given() -> None:
+    """What sources tell of classes is all that the parser takes."""
+    for entry in catalog()["configs"]:
+        words = [f"--{key}=1" for key in keys_of(entry.name, []) if not key.endswith(".name")]
+        check_names(words, "mambaseq fit", [], entry.name)
+
+
+def test_keys_of_a_class_that_the_command_line_replaces(tmp_path: Path) -> None:
+    """They are dropped; and the file may have keys of the class that is given."""
+    file = tmp_path / "own.yaml"
+    file.write_text("data: {name: dna/species}\nmodel: {encoder: {k: 6}, mixer: {name: mamba2, head_dim: 8}}\n")
+    check_names(["--model.encoder.name", "dna/kmer", "--model.mixer.name=mamba"], "mambaseq fit", [], str(file))
+    file.write_text("data: {name: dna/species}\nmodel: {mixer: {name: mamba2, head_dm: 8}}\n")
+    with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.head_dm'"):
+        check_names(["--model.mixer.name=mamba"], "mambaseq fit", [], str(file))
 
 
 @pytest.mark.parametrize("kind", ["datasets", "encoders", "backbones", "mixers", "heads"])

@@ -19,10 +19,11 @@ from mambaseq.generation.blocks import Blocks
 from mambaseq.generation.decoder import Decoder
 from mambaseq.generation.drafts import NGrams
 from mambaseq.generation.pace import Pace
-from mambaseq.generation.speculation import NGRAM, Speculation
+from mambaseq.generation.speculation import Speculation
 from mambaseq.generation.stopping import StopStrings
 from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel, build_model
+from mambaseq.resources import NGRAM
 
 KINDS: dict[str, dict[str, Any]] = {
     "mamba": {},
