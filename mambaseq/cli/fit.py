@@ -8,7 +8,7 @@ import sys
 from mambaseq.arguments import Arguments
 from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
-from mambaseq.errors import ConfigError, under_key
+from mambaseq.errors import ConfigError, cut_list, shown, under_key
 from mambaseq.importing import uncollected
 from mambaseq.reporting.runs import RunFolder, default_folder, rank
 from mambaseq.resources import located, model_folder
@@ -74,6 +74,9 @@ def run(argv: list[str], command: str) -> int:
             with folder.locked():  # what another process trains is told as that
                 folder.check_new()
         check_files(raw, overrides)
+        if rank() == 0 and (others := folder.others()):
+            told = cut_list(map(shown, others), 3, 200)
+            print(f"mambaseq: {folder.path} holds {told}; the run is written beside that.", file=sys.stderr)
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mambaseq.atomic import atomic_file, json_text, write_failed
-from mambaseq.errors import ConfigError, UserError, shown
+from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.plain import read_json
 from mambaseq.resources import near_folder
 
@@ -92,7 +92,7 @@ class RunFolder:
 
     def check_place(self, *, begins: bool) -> None:
         """Raise UserError if no run can start or resume here: an invalid name, a file, a folder without write
-        permission, or, for a new run, a folder where other files have a run's names."""
+        permission, or, for a new run, a folder of runs, or one where other files have a run's names."""
         if "\0" in str(self.path):
             raise UserError(
                 f"{shown(self.path, 300)} is not a folder: its name contains a NUL character. Choose another --out."
@@ -109,12 +109,34 @@ class RunFolder:
             raise UserError(
                 f"The folder {self.path} cannot be written to. Change its permissions, or copy the run elsewhere."
             )
+        if begins and not self.config.is_file() and (runs := self._runs_within()):
+            raise UserError(
+                f"{self.path} is a folder of runs ({cut_list(runs, 3)}), and a run there would hide them. Give it a "
+                f"folder of its own: --out {self.path / 'NAME'}."
+            )
         taken = [name for name in _OURS if os.path.lexists(self.path / name)]
         if begins and taken and not self._lock.exists() and not (self.config.is_file() and self.last.is_file()):
             raise UserError(
                 f"{self.path} holds {', '.join(taken)} but no run: a run would overwrite it. Choose another --out, or "
                 "move it away."
             )
+
+    def _runs_within(self) -> list[str]:
+        """The names of the folders in this one that hold a run, as `mambaseq runs` finds them."""
+        try:
+            names = sorted(os.listdir(self.path))  # noqa: PTH208 - names
+        except OSError:
+            return []
+        inner = (RunFolder(self.path / name) for name in names)
+        return [one.path.name for one in inner if one.config.is_file() and one.model.is_dir()]
+
+    def others(self) -> list[str]:
+        """The names of what is in the folder and no part of a run; hidden files do not count."""
+        try:
+            names = sorted(os.listdir(self.path))  # noqa: PTH208 - names
+        except OSError:  # nothing is there yet
+            return []
+        return [name for name in names if name not in _OURS and not name.startswith(".")]
 
     def check_new(self) -> None:
         """Raise ConfigError if a run is here, which a new one would overwrite. Of several processes only the first

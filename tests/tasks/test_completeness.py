@@ -280,15 +280,41 @@ def test_places_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture, mon
         assert "There is no run at" in capsys.readouterr().err
 
 
-def test_the_folder_one_stands_in_may_be_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_one_stands_in_may_be_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path / "here")
     assert main([*begin(tmp_path, "x")[:-1], "."]) == 0
+    assert "mambaseq: . holds 'notes.txt'; the run is written beside that.\n" in capsys.readouterr().err
     assert main(["fit", "--resume", ".", "--trainer.max_steps=6"]) == 0
+    assert "notes.txt" not in capsys.readouterr().err
     assert RunFolder(".").read_results()["steps"] == 6
     RunFolder(".").remove()
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`mambaseq runs` would find the outer one alone."""
+    assert main(begin(tmp_path, "runs/one")) == 0
+    assert main(begin(tmp_path, "runs/two")) == 0
+    assert "beside that" not in capsys.readouterr().err
+    before = sorted(tmp_path.rglob("*"))
+    assert main(begin(tmp_path, "runs")) == 2
+    told = capsys.readouterr().err
+    assert "runs is a folder of runs (one, two), and a run there would hide them." in told
+    assert f"--out {tmp_path / 'runs' / 'NAME'}." in told
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["sweep", str(sweep_file(tmp_path)), "--out", str(tmp_path / "sweep")]) == 0
+    assert main(begin(tmp_path, "sweep")) == 2
+    assert "sweep is a folder of runs (trial-001, trial-002)" in capsys.readouterr().err
+
+
+def sweep_file(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("config: run.yaml\ngrid: {seed: [0, 1]}\nmetric: val/loss\nmode: min\n")
+    return path
 
 
 def test_a_run_that_may_not_be_written_to(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
