@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from mambaseq.domain import Domain
 
+_BLOCKS = {"s4": "S4+MLP", "mamba": "Mamba", "attention": "attention"}
+_FIGURE_10 = {
+    "s4": "S4+MLP",
+    "real": "Mamba with real states",
+    "complex": "Mamba with complex states",
+    "constant": "complex states, B and C constant",
+    "lti": "Mamba-S4, which is time-invariant",
+    "center_real": "Mamba with real states in the center, Mamba-S4 outside",
+    "center_complex": "Mamba with complex states in the center, Mamba-S4 outside",
+    "center_constant": "complex states, B and C constant, in the center, Mamba-S4 outside",
+}
+
 domain = Domain(
     name="audio",
     summary="waveforms sample by sample: spoken digits with a condition, long recordings",
@@ -51,7 +63,27 @@ domain = Domain(
         ),
         "sashimi": ("mambaseq:configs/audio/sashimi.yaml", "the same at three resolutions of time, on a GPU"),
         "sc09": ("mambaseq:configs/audio/sc09.yaml", "SC09 as in the Mamba paper, 6.1 M; you bring the clips"),
-        "youtubemix": ("mambaseq:configs/audio/youtubemix.yaml", "YouTubeMix as there, 3.5 M; you bring the piano"),
+        "sc09_large": ("mambaseq:configs/audio/sc09_large.yaml", "the same, 24.3 M"),
+        "sc09_sashimi": ("mambaseq:configs/audio/sc09_sashimi.yaml", "the same with SaShiMi's S4+MLP, 5.8 M"),
+        **{
+            f"table5_{outer}_{center}": (
+                f"mambaseq:configs/audio/table5_{outer}_{center}.yaml",
+                f"SC09, Mamba paper, Table 5: {_BLOCKS[outer]} outside, {_BLOCKS[center]} in the center",
+            )
+            for outer, center in (("s4", "attention"), ("s4", "mamba"), ("mamba", "attention"), ("mamba", "s4"))
+        },
+        "youtubemix": (
+            "mambaseq:configs/audio/youtubemix.yaml",
+            "YouTubeMix, Mamba paper, Figure 7: Mamba, 3.5 M; you bring the piano",
+        ),
+        "youtubemix_s4": ("mambaseq:configs/audio/youtubemix_s4.yaml", "the same with SaShiMi's S4+MLP"),
+        **{
+            f"figure10_{name}": (
+                f"mambaseq:configs/audio/figure10_{name}.yaml",
+                f"YouTubeMix, Mamba paper, Figure 10: {summary}",
+            )
+            for name, summary in _FIGURE_10.items()
+        },
         "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
         "mamba3": ("mambaseq:configs/audio/mamba3.yaml", "digits with Mamba-3 of several inputs a head, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),

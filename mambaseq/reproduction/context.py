@@ -196,6 +196,7 @@ class Recipe:
     brings: whether it needs files that users bring (`Context.brought`). by_clock: whether it trains by the clock
         (`Context.minutes`). by_steps: whether users may say for how many steps it trains (`Context.steps`). settings:
         the modules whose source finished trials belong to; () for the recipe's own and those that it takes from.
+        configs: names of the configurations whose settings finished trials belong to as well.
     """
 
     run: Callable[[Context], list[Table]]
@@ -204,3 +205,4 @@ class Recipe:
     by_clock: bool = False
     by_steps: bool = False
     settings: tuple[str, ...] = ()
+    configs: tuple[str, ...] = ()

@@ -20,6 +20,8 @@ from mambaseq.errors import UserError, shown
 from mambaseq.plain import read_json
 from mambaseq.reproduction.context import Context, Recipe, Scale
 from mambaseq.reproduction.tables import Report
+from mambaseq.runs.naming import resolve_config
+from mambaseq.runs.settings import read_settings
 
 _FORMAT = "2"  # of trials
 
@@ -34,8 +36,8 @@ def _hardware(device: torch.device) -> str:
 
 
 def _source(recipe: Recipe) -> str:
-    """A digest of a recipe's module, or of those that it names, and of neighbouring modules that they take functions or
-    classes from: its trials belong to these settings."""
+    """A digest of a recipe's module, or of those that it names, of neighbouring modules that they take functions or
+    classes from, and of its configurations: its trials belong to these settings."""
     own = recipe.run.__module__
     modules = [sys.modules[name] for name in recipe.settings or (own,)]
     beside = {getattr(value, "__module__", None) or "" for module in modules for value in vars(module).values()}
@@ -45,6 +47,7 @@ def _source(recipe: Recipe) -> str:
         text = "".join(inspect.getsource(sys.modules[name]) for name in names)
     except (OSError, TypeError):  # without source code
         text = ""
+    text += "".join(json_text(read_settings(resolve_config(name))) for name in recipe.configs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, show
 from mambaseq.plain import flatten, read_yaml
 from mambaseq.registry import Registry
 from mambaseq.reporting.runs import RunFolder
-from mambaseq.resources import find
+from mambaseq.resources import find, is_resource
 from mambaseq.runs.signatures import SECTIONS, arguments_in
 
 MODEL_PARTS = {"encoder": "tokens", "backbone": "residual", "mixer": "mamba", "head": "lm"}
@@ -42,6 +42,8 @@ PROVIDED = {
 
 
 _SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(MODEL_PARTS)}|mixers(\.[^.]+)?)")
+_PART = re.compile(rf"data|model\.({'|'.join(MODEL_PARTS)}|mixers\.[^.]+)")
+_FILES = 100  # below a configuration
 
 
 def resolve_config(name: str) -> Path:
@@ -64,6 +66,71 @@ def resolve_config(name: str) -> Path:
     )
 
 
+def read_layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A configuration's file and those that it names under `base`, each with its contents but for that key: what lies
+    over others comes after them, the file itself last.
+
+    `base` is a name or a list of them, of which later ones lie over earlier ones: registered configurations, YAML files
+    by their paths from the file's folder, or files that ship with a package (`package:relative/path.yaml`).
+    Raises UserError as `read_yaml` does; ConfigError for a base that is not there, for one of itself, and for too many.
+    """
+    return _layers(path, ())
+
+
+def _layers(path: Path, over: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    if (own := path.resolve()) in over:
+        raise ConfigError(f"{path} is a base of itself. Let it, or what names it under base, stand without.")
+    raw = read_yaml(path, "A configuration is a YAML mapping with at least data.name.")
+    named = raw.pop("base", [])
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"{path}: base must name a configuration or a YAML file, or a list of them, not {shown(named)}."
+        )
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for name in names:
+        if len(over) < _FILES:
+            found += _layers(_base(name, path), (*over, own))
+        if max(len(over), len(found)) >= _FILES:
+            raise ConfigError(f"{over[0] if over else path} has more than {_FILES} files below it, by their bases.")
+    return [*found, (path, raw)]
+
+
+def _base(name: str, path: Path) -> Path:
+    """The file of a base that a configuration's file names."""
+    configs: Registry[Any] = catalog()["configs"]
+    beside = os.path.join(path.parent, name)  # noqa: PTH118 - as in `resolve_config`
+    try:
+        if name in configs:
+            return find(configs.entry(name).target)
+        if os.path.isfile(beside):  # noqa: PTH113
+            return Path(beside)
+        if is_resource(name):
+            return find(name)
+    except UserError as error:
+        raise ConfigError(f"{path}: base: {error}") from error
+    near = not_installed(name.partition("/")[0]) or did_you_mean(name, [entry.name for entry in configs])
+    raise ConfigError(
+        f"{path}: base: no configuration is named {shown(name, 200)}, and no such file is in {path.parent}.{near} "
+        "`mambaseq list configs` shows what there is."
+    )
+
+
+def laid_over(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """Settings over those of a base: sections setting by setting, every other value as a whole. A part (the data, a
+    mixer) that is given another name begins anew, since options of the same name mean something else there."""
+    found = dict(under)
+    for name, value in over.items():
+        whole, below = f"{key}.{name}" if key else name, under.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping) and _SECTION.fullmatch(whole):
+            default = MODEL_PARTS.get(name, name)
+            former = below.get("name", default)
+            anew = _PART.fullmatch(whole) and value.get("name", former) != former
+            value = value if anew else laid_over(below, value, whole)
+        found[name] = value
+    return found
+
+
 def config_of(config: str) -> str:
     """A run's configuration where a folder is named; otherwise what is named. Raises UserError for another folder."""
     folder = os.path.isdir(config)  # noqa: PTH112 - Path's raises for some names
@@ -78,12 +145,16 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
     source: the command, for the message. options: those of the command itself, with their dashes. config: a registered
         configuration or its file, whose names say which keys there are.
     """
-    raw = _written(config)
-    keys = None if raw is None else _keys(raw, overrides)
-    if raw is not None and keys is not None:
-        given = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
-        own = keys if given.isdisjoint(_NAMED) else _keys(raw, [])  # of a class that is replaced: they are dropped
-        _check_keys(flatten(raw), (keys, own), str(config), source, given)
+    keys = None
+    if config is not None:
+        layers, raw = _written(config)
+        keys = _keys(raw, overrides)
+        changed = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
+        own = keys if changed.isdisjoint(_NAMED) else _keys(raw, [])  # of a class that is replaced: they are dropped
+        left = flatten(raw)
+        for file, settings in reversed(layers):  # each key where it is written last
+            here = {key: left.pop(key) for key in flatten(settings) if key in left}
+            _check_keys(here, (keys, own), config if file == layers[-1][0] else str(file), source, changed)
     for index, word in enumerate(overrides):
         key, given, text = word[2:].partition("=")
         if not word.startswith("--") or not key or key in _OF_THE_PARSER:
@@ -115,7 +186,7 @@ def check_settings(settings: Mapping[str, Any], config: str, where: str) -> None
     check_names([], source, [], config)
     words = [f"--{key}={value}" for key, value in settings.items() if isinstance(value, str)]
     words += [f"--{key}=" for key, value in settings.items() if not isinstance(value, str)]
-    _check_keys(settings, (_keys(_written(config) or {}, words),), where, source)
+    _check_keys(settings, (_keys(_written(config)[1], words),), where, source)
 
 
 def _check_keys(
@@ -135,12 +206,17 @@ def _check_keys(
             catalog()[kind].entry(value, f"{where}: {key}")
 
 
-def _written(config: str | None) -> dict[str, Any] | None:
-    """What a configuration's file holds; {} for one that cannot be read, which what reads it all will tell."""
+def _written(config: str) -> tuple[list[tuple[Path, dict[str, Any]]], dict[str, Any]]:
+    """A configuration's file and its bases (see `read_layers`), and what they hold together; nothing for one that
+    cannot be read, which what reads it all will tell."""
     try:
-        return None if config is None else read_yaml(resolve_config(config), "")
+        layers = read_layers(resolve_config(config))
     except UserError:
-        return {}
+        return [], {}
+    raw: dict[str, Any] = {}
+    for _, settings in layers:
+        raw = laid_over(raw, settings)
+    return layers, raw
 
 
 def check_files(raw: Mapping[str, Any], overrides: list[str]) -> None:
@@ -236,7 +312,7 @@ def _keys(raw: Mapping[str, Any], overrides: list[str]) -> _Keys:
     targets: dict[str, str | None] = dict(SECTIONS)
     kinds = {key.removesuffix(".name"): kind for key, kind in _NAMED.items()}
     mixers = written("model.mixers")
-    among = {found[1] for word in words if (found := _MIXERS.match(word)) is not None}
+    among = {of[1] for word in words if (of := _MIXERS.match(word)) is not None}
     among |= set(mixers) if isinstance(mixers, Mapping) else set()
     kinds |= {f"model.mixers.{name}": "mixers" for name in among}
     for part, kind in kinds.items():

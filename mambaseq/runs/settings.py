@@ -11,22 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
-from mambaseq.plain import read_yaml
-from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP
+from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP, laid_over, read_layers
 from mambaseq.runs.trainer_classes import KEYS, names_class
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The contents of a configuration's file. Raises ConfigError that names the file, and the line or key, if it is not
-    one."""
+    """The contents of a configuration's file, over those of its bases (see `read_layers`). Raises ConfigError that
+    names the file, and the line or key, if one of them is no configuration."""
     try:
-        raw = read_yaml(path, "A configuration is a YAML mapping with at least data.name.")
+        layers = read_layers(path)
     except UserError as error:
         raise ConfigError(str(error)) from error
+    raw: dict[str, Any] = {}
+    for file, settings in layers:
+        _check(settings, file)
+        raw = laid_over(raw, settings)
+    return raw
+
+
+def _check(raw: dict[str, Any], path: Path) -> None:
     for key, value in raw.items():
         if key not in TOP:
+            known = (*TOP, "base")
             raise ConfigError(
-                f"{path}: there is no key {shown(key)}.{did_you_mean(key[:80], TOP)} Known: {', '.join(TOP)}."
+                f"{path}: there is no key {shown(key)}.{did_you_mean(key[:80], known)} Known: {', '.join(known)}."
             )
         if key in GROUPS:
             _require_settings(value, key, path)
@@ -39,7 +47,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     _refuse_classes(
         {key: value for key, value in raw.get("trainer", {}).items() if key not in KEYS}, "trainer", str(path)
     )
-    return raw
 
 
 def _require_settings(value: Any, key: str, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,66 +13,137 @@ import pytest
 import soundfile
 import torch
 from mambaseq_audio.recipes import sc09, youtubemix
-from mambaseq_audio.recipes.published import Sounds, codes, nats_a_sample, spec
+from mambaseq_audio.recipes.published import Sounds, codes, nats_a_sample, sizes_of, spec
 
 from mambaseq.checkpoints import load_model
+from mambaseq.cli.main import main
 from mambaseq.errors import DataError
+from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import build_model, count_parameters
 from mambaseq.reproduction import Context
 from mambaseq.runs.parsing import parse_config
 
 CPU = torch.device("cpu")
 PAGE = Path(__file__).parents[2] / "docs" / "audio" / "published.md"
-PAGE_COUNTS = ["6.09", "24.26", "5.83", "3.47", "3.37"]
-ALL = [
-    *(("audio/sc09", one) for one in (*sc09.TABLE_4, *sc09.TABLE_5)),
-    *(("audio/youtubemix", one) for one in (*youtubemix.FIGURE_7, *youtubemix.LEFT, *youtubemix.RIGHT)),
-]
+SC09 = (*sc09.TABLE_4, *sc09.TABLE_5)
+FIGURE_10 = (*youtubemix.LEFT, *youtubemix.RIGHT)
+ALL = (*SC09, *youtubemix.FIGURE_7, *FIGURE_10)
+CONFIGS = list(dict.fromkeys(variant.config for variant in ALL))
+
+
+def millions(config: str) -> float:
+    """The backbone's parameters, without embedding and head."""
+    model = spec(config)
+    return (count_parameters(model) - 2 * 256 * model["d_model"]) / 1e6
 
 
 def test_models_are_as_large_as_published() -> None:
-    """The backbone's parameters, without embedding and head; where the paper says "about 6 M", within 6 %."""
-    found = {}
-    for config, variant in ALL:
-        model = spec(config, variant.settings)
-        found[config, variant.name] = (count_parameters(model) - 2 * 256 * model["d_model"]) / 1e6
-        if variant.published is not None:
-            assert found[config, variant.name] == pytest.approx(variant.published, rel=0.01)
-            assert round(found[config, variant.name], 1) == variant.published
-    assert sum(variant.published is not None for _, variant in ALL) == 4
-    exact = [*sc09.TABLE_4, *youtubemix.FIGURE_7]
-    told = [found[config, one.name] for config, one in ALL if one in exact]
-    assert [f"{count:.2f}" for count in told] == PAGE_COUNTS
-    about_six = [found["audio/sc09", one.name] for one in sc09.TABLE_5]
-    about_six += [found["audio/youtubemix", one.name] for one in (*youtubemix.LEFT, *youtubemix.RIGHT)]
-    assert all(abs(count / 6 - 1) <= 0.06 for count in about_six), found
-    assert found["audio/youtubemix", "S4+MLP"] == pytest.approx(3.5, rel=0.05)
+    """Where the paper says "about 6 M", within 6 %."""
+    exact = [variant for variant in ALL if variant.published is not None]
+    assert {variant.config: variant.published for variant in exact} == {
+        "audio/sc09": 6.1,
+        "audio/sc09_large": 24.3,
+        "audio/sc09_sashimi": 5.8,
+        "audio/youtubemix": 3.5,
+    }
+    for variant in exact:
+        assert millions(variant.config) == pytest.approx(variant.published, rel=0.01)
+        assert round(millions(variant.config), 1) == variant.published
+    about_six = {one.config: millions(one.config) for one in (*sc09.TABLE_5, *FIGURE_10)}
+    assert all(abs(count / 6 - 1) <= 0.06 for count in about_six.values()), about_six
+    assert millions("audio/youtubemix_s4") == pytest.approx(3.5, rel=0.05)
 
 
-def test_settings_are_those_of_fit() -> None:
-    config, variant = "audio/youtubemix", youtubemix.RIGHT[0]
-    run = parse_config(config, [f"--{setting}" for setting in variant.settings])
+MAMBA, S4 = ["mamba"], ["s4", "mlp"]
+OF_LINES = {
+    "audio/sc09": [MAMBA] * 3,
+    "audio/sc09_large": [MAMBA] * 3,
+    "audio/sc09_sashimi": [S4] * 3,
+    "audio/table5_s4_attention": [S4, S4, ["attention", "mlp"]],
+    "audio/table5_s4_mamba": [S4, S4, MAMBA],
+    "audio/table5_mamba_attention": [MAMBA, MAMBA, ["attention", "mlp"]],
+    "audio/table5_mamba_s4": [MAMBA, MAMBA, S4],
+    "audio/youtubemix": [["complex"]] * 3,
+    "audio/youtubemix_s4": [S4] * 3,
+    "audio/figure10_s4": [S4] * 3,
+    "audio/figure10_real": [MAMBA] * 3,
+    "audio/figure10_complex": [["complex"]] * 3,
+    "audio/figure10_constant": [["complex, constant"]] * 3,
+    "audio/figure10_lti": [["lti"]] * 3,
+    "audio/figure10_center_real": [["lti"], ["lti"], MAMBA],
+    "audio/figure10_center_complex": [["lti"], ["lti"], ["complex"]],
+    "audio/figure10_center_constant": [["lti"], ["lti"], ["complex, constant"]],
+}
+"""The paper's lines: what a layer is in each tier, the finest first."""
+
+
+def kind(layer: torch.nn.Module) -> str:
+    mixer = layer.mixer
+    if not isinstance(mixer, Mamba):
+        return type(mixer).__name__.lower()
+    own = {name for name, _ in mixer.named_parameters()}
+    if mixer.lti:
+        assert "ssm.A_imag" in own  # complex
+        return "lti"
+    return ("complex" if mixer.complex else "mamba") + (", constant" if {"B", "C"} <= own else "")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configurations_are_the_papers_lines(config: str) -> None:
+    """As `fit` reads them, and as the recipes do."""
+    run = parse_config(config, [])
     with torch.device("meta"):
-        theirs = build_model(run.model_spec(run.make_data()))
-        ours = build_model(spec(config, variant.settings))
+        theirs, ours = build_model(run.model_spec(run.make_data())), build_model(spec(config))
     assert str(theirs) == str(ours)
     assert {name: p.shape for name, p in theirs.named_parameters()} == {
         name: p.shape for name, p in ours.named_parameters()
     }
+    tier, found = theirs.backbone.top, []
+    for _ in range(3):
+        kinds = [kind(layer) for layer in tier.down]
+        assert [kind(layer) for layer in tier.up] in ([], kinds)
+        found.append(list(dict.fromkeys(kinds)))
+        tier = tier.inner
+    assert found == OF_LINES[config]
 
 
-def test_the_page_of_published_models_has_their_settings() -> None:
+def test_lines_of_a_table_are_trained_alike() -> None:
+    """What a table says of its training is read from one of its configurations. Figure 10 has 2^20 samples a step."""
+    for group, steps, lr in ((SC09, 200_000, 2e-3), (youtubemix.FIGURE_7, 200_000, 2e-3), (FIGURE_10, 100_000, 1e-3)):
+        (sizes,) = {str(sizes_of(one.config)): sizes_of(one.config) for one in group}.values()
+        assert (sizes.steps, sizes.optimizer.lr, sizes.optimizer.warmup_steps) == (steps, lr, steps // 10)
+        assert sizes.clip == (0.1 if group == SC09 else 1.0)
+        assert sizes.shorter(50).optimizer.warmup_steps == 5
+    assert sizes.length * sizes.batch_size == 2**20
+    assert youtubemix.LENGTHS_10[2] == (sizes.length, sizes.batch_size)
+    settings = parse_config("audio/figure10_complex", []).settings
+    assert settings["data"]["epoch_size"] % settings["loader"]["batch_size"] == 0
+
+
+def test_the_page_of_published_models_has_their_configurations() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for variant in (*sc09.TABLE_4, *youtubemix.FIGURE_7):
-        for setting in variant.settings:
-            assert f"`{setting}`" in page, setting
-    counts = re.findall(r"^\| (?:SC09|YouTubeMix), .* ([\d.]+) M \|$", page, re.MULTILINE)
-    assert counts == PAGE_COUNTS
+    rows = re.findall(r"^\| `(audio/\w+)` \|.* ([\d.]+) M \|$", page, re.MULTILINE)
+    assert rows == [(config, f"{millions(config):.2f}") for config in CONFIGS]
     wanted = re.findall(r"--only (.*?) +#", page)
     assert len(wanted) == 3
-    names = {one.name for _, one in ALL}
     for only in wanted:
-        assert {one for one in shlex.split(only) if not one.isdigit()} <= names
+        assert {one for one in shlex.split(only) if not one.isdigit()} <= {variant.name for variant in ALL}
+    for name, rungs in (("Figure 7", youtubemix.TABLE_14), ("Figure 10", youtubemix.LENGTHS_10)):
+        assert f"| {name} | {'; '.join(f'{one.length:,}: {one.batch_size}' for one in rungs)} |" in page
+    for length, batch in re.findall(r"--data.length=(\d+) --loader.batch_size=(\d+)", page):
+        assert (int(length), int(batch)) in (*youtubemix.TABLE_14, *youtubemix.LENGTHS_10)
+
+
+def test_the_configuration_on_the_page_of_published_models(tmp_path: Path) -> None:
+    (written,) = re.findall(r"^    base:.*\n(?:    .*\n)+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent(written), encoding="utf-8")
+    mine, large = (parse_config(name, []).settings for name in (str(tmp_path / "mine.yaml"), "audio/sc09_large"))
+    assert mine["model"]["backbone"] == {
+        **large["model"]["backbone"],
+        "tiers": [["s4+mlp"]] * 3,
+        "dropout": 0.1,
+    }
+    assert (mine["model"]["d_model"], mine["data"]) == (96, large["data"])
 
 
 def test_codes_are_those_of_the_published_code() -> None:
@@ -124,6 +196,39 @@ def write(path: Path, seed: int, samples: int = 300) -> None:
 def context(tmp_path: Path, *only: str) -> Context:
     (tmp_path / "out" / "trials").mkdir(parents=True, exist_ok=True)
     return Context(CPU, "tiny", [0], tmp_path / "out", list(only), "here", data=tmp_path)
+
+
+SMALL = [
+    *("--model.d_model=8", "--model.backbone.n_layers=1", "--data.length=64", "--loader.batch_size=2"),
+    *("--loader.num_workers=0", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true"),
+    *("--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"),
+    *("--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false"),
+]
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Made clips and recordings, as `fit` takes them for SC09 and for YouTubeMix."""
+    folder = tmp_path_factory.mktemp("sounds")
+    splits = {"train": range(4), "validation": range(4, 5), "test": range(5, 6)}
+    rows = []
+    for split, numbers in splits.items():
+        for number in numbers:
+            write(folder / "sc09" / "one" / f"{number}.wav", number, 100)
+            rows.append(f"sc09/one/{number}.wav,{split}\n")
+        (folder / f"{split}.txt").write_text("".join(f"one/{number}.wav\n" for number in numbers))
+    (folder / "split.csv").write_text("".join(["file,split\n", *rows]))
+    lists = [f"--data.{split}_list={folder / split}.txt" for split in ("validation", "test")]
+    return [[f"--data.files={folder}/sc09/*/*.wav", *lists], [f"--data.files={folder / 'split.csv'}"]]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configurations_are_trained(config: str, sounds: list[list[str]], tmp_path: Path) -> None:
+    data = sounds[0] if config in [one.config for one in SC09] else sounds[1]
+    assert main(["fit", "--config", config, "--out", str(tmp_path / "run"), *data, *SMALL]) == 0
+    assert load_model(tmp_path / "run").model.n_parameters() > 0
+    saved = parse_config(str(tmp_path / "run" / "config.yaml"), []).settings["model"]
+    assert saved["backbone"] == {**parse_config(config, []).settings["model"]["backbone"], "n_layers": 1}
 
 
 def test_sc09_on_made_clips(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -221,3 +222,17 @@ def test_trials_belong_to_the_modules_that_a_recipe_names_as_its_settings(monkey
     for edited in (recipe.run.__module__, "mambaseq.reproduction.tables"):
         assert _source(recipe) == before, edited
         assert _source(Recipe(recipe.run)) != _source(recipe)
+
+
+def test_the_digest_is_of_configurations_too(tmp_path: Path) -> None:
+    """And of what they lie over."""
+    (tmp_path / "base.yaml").write_text("model: {d_model: 8}\n")
+    (tmp_path / "over.yaml").write_text("base: base.yaml\nseed: 3\n")
+    recipe = catalog()["recipes"].get("synthetic/lra")
+    of = dataclasses.replace(recipe, configs=(str(tmp_path / "over.yaml"),))
+    before = _source(of)
+    assert before == _source(of) != _source(recipe)
+    (tmp_path / "base.yaml").write_text("# a comment\nmodel: {d_model: 8}\n")
+    assert _source(of) == before
+    (tmp_path / "base.yaml").write_text("model: {d_model: 9}\n")
+    assert _source(of) != before

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mambaseq.reproduction import Column, Context, Line
-from mambaseq_audio.recipes.published import Sizes, Sounds, Variant, make_model, trained
+from mambaseq_audio.recipes.published import Sizes, Sounds, Variant, make_model, sizes_of, trained
 
-CONFIG = "audio/youtubemix"
 LENGTHS = (
     "Bits a sample of the test recordings, cut into windows as long as those in training, each predicted from its own "
     "beginning on."
@@ -26,14 +25,13 @@ class Rung(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """What is trained and tested at each length. drop_last: leave out what is shorter than a window at a recording's
-    end."""
+    """What is trained and tested at each length. steps: of a training, None for as many as the configuration says.
+    drop_last: leave out what is shorter than a window at a recording's end."""
 
     train_on: Sounds
     test_on: Sounds
     rungs: Sequence[Rung]
-    steps: int
-    lr: float
+    steps: int | None
     drop_last: bool
 
 
@@ -47,8 +45,10 @@ def columns(rungs: Sequence[Rung]) -> list[Column]:
 def line(context: Context, variant: Variant, ladder: Ladder) -> Line:
     """A variant's bits a sample at each length."""
     values: dict[str, list[float]] = {}
+    of = sizes_of(variant.config)
+    of = of.shorter(ladder.steps or of.steps)._replace(tested=context.at(full=of.tested, small=64, tiny=4))
     for rung in ladder.rungs:
-        sizes = Sizes(rung.length, rung.batch_size, ladder.steps, ladder.lr, context.at(full=2**31, small=64, tiny=4))
+        sizes = of._replace(length=rung.length, batch_size=rung.batch_size)
         places = [part.windows(rung.length, ladder.drop_last) for part in (ladder.train_on, ladder.test_on)]
         for seed in context.seeds:
             label = f"{variant.name} length={rung.length} steps={sizes.steps}"
@@ -60,7 +60,7 @@ def line(context: Context, variant: Variant, ladder: Ladder) -> Line:
                 label: str = label,
                 places: list[Tensor] = places,
             ) -> dict[str, float]:
-                model = make_model(context, CONFIG, variant, seed)
+                model = make_model(context, variant.config, seed)
                 data = (ladder.train_on, places[0]), (ladder.test_on, places[1])
                 return trained(context, model, *data, sizes, seed, checkpoint, label)
 

@@ -1,10 +1,11 @@
-"""What the recipes share: the models of Mamba's paper (arXiv:2312.00752) as settings over a configuration, sound files
-in the 8-bit codes of SaShiMi's published code (arXiv:2202.09729), windows of them, and bits a sample."""
+"""What the recipes share: the models and trainings of Mamba's paper (arXiv:2312.00752), which are configurations; sound
+files in the 8-bit codes of SaShiMi's published code (arXiv:2202.09729), windows of them, and bits a sample."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,25 +19,17 @@ from mambaseq.benchmarking.block import autocast
 from mambaseq.data.drawing import below, words
 from mambaseq.errors import DataError
 from mambaseq.models import SequenceModel, build_model
-from mambaseq.plain import parse_yaml
 from mambaseq.reproduction import Column, Context, train
 from mambaseq.reproduction.batches import numbers
 from mambaseq.reproduction.training import BatchOf
 from mambaseq.runs.naming import resolve_config
+from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.settings import read_settings
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_audio.io import read_signal
 from mambaseq_audio.mulaw import MuLaw
 
 SAMPLE_RATE = 16_000
-
-S4_MLP = (
-    "model.mixers.s4.d_state=32",
-    "model.mixers.mlp.expand=2",
-    "model.mixers.mlp.activation=gelu",
-    "model.mixers.mlp.bias=true",
-)
-"""SaShiMi's block s4+mlp: 64 states in conjugate pairs, one A and B for all channels, and an MLP twice as wide."""
 
 COLUMNS = [
     Column("bits", "bits a sample, test", 3),
@@ -47,44 +40,34 @@ COLUMNS = [
 
 
 class Variant(NamedTuple):
-    """A model of the paper: settings over a configuration's, `key=value`, which `mambaseq fit` takes after `--`.
+    """A line of the paper.
 
-    published: its parameters in the paper, in millions, None where it says none.
+    config: the configuration that `mambaseq fit` takes, which has its model and how it is trained. paper: what the
+    paper says of it. published: its parameters there, in millions, None where it says none.
     """
 
     name: str
-    settings: tuple[str, ...] = ()
+    config: str
     paper: str = ""
     published: float | None = None
 
 
-def spec(config: str, settings: Iterable[str]) -> dict[str, Any]:
-    """The description of a configuration's model with changed settings. Those of `model.mixer` are the new mixer's
-    alone where its name changes."""
+def spec(config: str) -> dict[str, Any]:
+    """The description of a configuration's model, for 8-bit codes."""
     model = read_settings(resolve_config(config))["model"]
-    for setting in settings:
-        key, _, text = setting.partition("=")
-        value, (_, *steps, last) = parse_yaml(text, key), key.split(".")
-        if key == "model.mixer.name" and model["mixer"]["name"] != value:
-            model["mixer"] = {}
-        holder = model
-        for step in steps:
-            holder = holder.setdefault(step, {})
-        holder[last] = value
     model["encoder"] = {"name": "tokens", **model.get("encoder", {}), "vocab_size": MuLaw.vocab_size}
     model["head"] = {**model["head"], "vocab_size": MuLaw.vocab_size}
     return model
 
 
-def make_model(context: Context, config: str, variant: Variant, seed: int) -> SequenceModel:
-    """A variant's model, or at smaller scales one of the same kinds of layers that is narrower and has fewer."""
-    smaller = context.at(
-        full=(),
-        small=("model.d_model=32", "model.backbone.n_layers=2"),
-        tiny=("model.d_model=8", "model.backbone.n_layers=1"),
-    )
+def make_model(context: Context, config: str, seed: int) -> SequenceModel:
+    """A configuration's model, or at smaller scales one of the same kinds of layers that is narrower and has fewer."""
+    made = spec(config)
+    width, layers = context.at(full=(None, None), small=(32, 2), tiny=(8, 1))
+    if width is not None:
+        made["d_model"], made["backbone"]["n_layers"] = width, layers
     torch.manual_seed(seed)
-    return build_model(spec(config, (*variant.settings, *smaller))).to(context.device)
+    return build_model(made).to(context.device)
 
 
 def codes(signal: np.ndarray) -> np.ndarray:
@@ -151,14 +134,32 @@ class Sounds(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a training. tested: the most windows of the test set, from the first on."""
+    """Of a training. tested: the most windows of the test set, from the first on. clip: the largest norm of
+    gradients."""
 
     length: int
     batch_size: int
     steps: int
-    lr: float
-    tested: int
-    clip: float = 1.0
+    optimizer: OptimizerConfig
+    clip: float
+    tested: int = 2**31
+
+    def shorter(self, steps: int) -> Sizes:
+        """The same in so many steps, of which as large a share is warm-up."""
+        share = self.optimizer.warmup_steps * steps // self.steps
+        return self._replace(steps=steps, optimizer=dataclasses.replace(self.optimizer, warmup_steps=share))
+
+
+def sizes_of(config: str) -> Sizes:
+    """A configuration's training."""
+    run = parse_config(config, [])
+    return Sizes(
+        run.settings["data"]["length"],
+        run.settings["loader"]["batch_size"],
+        run.trainer["max_steps"],
+        OptimizerConfig(**run.settings["optimizer"]),
+        run.trainer["gradient_clip_val"],
+    )
 
 
 def trained(
@@ -177,7 +178,7 @@ def trained(
         model,
         train_on[0].drawn(train_on[1], sizes.length, sizes.batch_size, seed),
         sizes.steps,
-        OptimizerConfig(lr=sizes.lr, weight_decay=0.1, warmup_steps=sizes.steps // 10),
+        sizes.optimizer,
         clip=sizes.clip,
         autocast=torch.bfloat16 if context.device.type == "cuda" else None,
         checkpoint=checkpoint,

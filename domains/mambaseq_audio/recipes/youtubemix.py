@@ -8,7 +8,7 @@ from pathlib import Path
 from mambaseq.errors import DataError
 from mambaseq.reproduction import Context, Recipe, Table
 from mambaseq_audio.recipes.by_length import LENGTHS, Ladder, Rung, columns, line
-from mambaseq_audio.recipes.published import S4_MLP, SAMPLE_RATE, Sounds, Variant
+from mambaseq_audio.recipes.published import SAMPLE_RATE, Sounds, Variant, sizes_of
 
 SOURCE = (
     "YouTubeMix (DeepSound 2017), four hours of solo piano as wav files of a minute at 16,000 samples a second, as "
@@ -18,33 +18,22 @@ SOURCE = (
 HOURS = 3.9, 4.1
 
 FIGURE_7 = (
-    Variant("Mamba, 3.5 M", (), "about 1.30 at 958,464", 3.5),
-    Variant("S4+MLP", ("model.backbone.pattern=[s4+mlp]", *S4_MLP), "about 1.35 at 958,464"),
+    Variant("Mamba, 3.5 M", "audio/youtubemix", "about 1.30 at 958,464", 3.5),
+    Variant("S4+MLP", "audio/youtubemix_s4", "about 1.35 at 958,464"),
 )
 """Bits read from the figure."""
 
-SIZE = ("model.backbone.n_layers=8", "model.backbone.pool=[4, 4]")
-REAL = ("model.mixer.complex=false", "model.mixer.d_state=16")
-CONSTANT = ("model.mixer.selective_B=false", "model.mixer.selective_C=false")
-LTI = ("model.mixer.complex=false", "model.mixer.lti=true")  # whose A is complex unless lti_complex is false
-OUTER = (
-    "model.backbone.tiers=[[outer], [outer], [mamba]]",
-    "model.mixers.outer.name=mamba",
-    "model.mixers.outer.lti=true",
-    "model.mixers.outer.d_state=8",
-)
-
 LEFT = (
-    Variant("everywhere: S4+MLP", (*SIZE, "model.backbone.pattern=[s4+mlp]", *S4_MLP)),
-    Variant("everywhere: Mamba (S6), real", (*SIZE, *REAL)),
-    Variant("everywhere: complex", SIZE),
-    Variant("everywhere: complex, B and C constant", (*SIZE, *CONSTANT)),
-    Variant("everywhere: Mamba-S4 (complex, LTI)", (*SIZE, *LTI)),
+    Variant("everywhere: S4+MLP", "audio/figure10_s4"),
+    Variant("everywhere: Mamba (S6), real", "audio/figure10_real"),
+    Variant("everywhere: complex", "audio/figure10_complex"),
+    Variant("everywhere: complex, B and C constant", "audio/figure10_constant"),
+    Variant("everywhere: Mamba-S4 (complex, LTI)", "audio/figure10_lti"),
 )
 RIGHT = (
-    Variant("center: Mamba (S6), real", (*SIZE, *OUTER, *REAL)),
-    Variant("center: complex", (*SIZE, *OUTER)),
-    Variant("center: complex, B and C constant", (*SIZE, *OUTER, *CONSTANT)),
+    Variant("center: Mamba (S6), real", "audio/figure10_center_real"),
+    Variant("center: complex", "audio/figure10_center_complex"),
+    Variant("center: complex, B and C constant", "audio/figure10_center_constant"),
 )
 """With all LTI, the fourth line is the last one on the left."""
 
@@ -77,11 +66,11 @@ def run(context: Context) -> list[Table]:
     sevenths = context.at(full=TABLE_14, small=TABLE_14[:2], tiny=TINY)
     tenths = context.at(full=LENGTHS_10, small=LENGTHS_10[:2], tiny=TINY)
     groups = (
-        ("YouTubeMix: Figure 7", FIGURE_7, sevenths, 200_000, 2e-3),
-        ("YouTubeMix: Figure 10, left: blocks everywhere", LEFT, tenths, 100_000, 1e-3),
-        ("YouTubeMix: Figure 10, right: blocks in the center, Mamba-S4 outside", RIGHT, tenths, 100_000, 1e-3),
+        ("YouTubeMix: Figure 7", FIGURE_7, sevenths),
+        ("YouTubeMix: Figure 10, left: blocks everywhere", LEFT, tenths),
+        ("YouTubeMix: Figure 10, right: blocks in the center, Mamba-S4 outside", RIGHT, tenths),
     )
-    names = [variant.name for _, group, *_ in groups for variant in group]
+    names = [variant.name for _, group, _ in groups for variant in group]
     lengths = list(dict.fromkeys(str(rung.length) for rung in (*sevenths, *tenths)))
     wanted, asked = context.wanted(names, lengths), context.wanted(lengths, names)
     folder = context.brought("youtubemix", None, SOURCE)
@@ -92,23 +81,24 @@ def run(context: Context) -> list[Table]:
     if context.scale == "full":
         _check_hours(folder, train_on, test_on)
     tables: list[Table] = []
-    for title, group, rungs, steps, lr in groups:
-        steps = context.at(full=steps, small=50, tiny=2)
+    for title, group, rungs in groups:
         some = [rung for rung in rungs if str(rung.length) in asked]
-        ladder = Ladder(train_on, test_on, some, steps, lr, drop_last=True)
+        ladder = Ladder(train_on, test_on, some, context.at(full=None, small=50, tiny=2), drop_last=True)
         lines = [line(context, variant, ladder) for variant in group if variant.name in wanted and some]
         if lines:
-            tables.append(Table(title, _about(context, ladder), columns(some), lines))
+            tables.append(Table(title, _about(group[0].config, ladder), columns(some), lines))
     return tables
 
 
-def _about(context: Context, ladder: Ladder) -> str:
+def _about(config: str, ladder: Ladder) -> str:
+    sizes = sizes_of(config)  # of all in the group
     return (
-        f"Piano at 16 kHz, 8-bit mu-law after each minute's own scaling. {ladder.steps:,} steps, AdamW (0.9, 0.95), "
-        f"learning rate {ladder.lr} with a tenth of the steps as warm-up and a cosine to a tenth of it, weight decay "
-        f"0.1, bf16 autocast on a GPU. {LENGTHS} The paper does not say what Figure 10's pooling and batches are (here "
-        "4, SaShiMi's, and 2^20 samples), nor how recordings are scaled or gradients clipped (here at norm 1)."
+        f"Piano at 16 kHz, 8-bit mu-law after each minute's own scaling. {ladder.steps or sizes.steps:,} steps, AdamW "
+        f"(0.9, 0.95), learning rate {sizes.optimizer.lr} with a tenth of the steps as warm-up and a cosine to a tenth "
+        f"of it, weight decay {sizes.optimizer.weight_decay}, bf16 autocast on a GPU. {LENGTHS} The paper does not say "
+        "what Figure 10's pooling and batches are (here 4, SaShiMi's, and 2^20 samples), nor how recordings are scaled "
+        f"or gradients clipped (here at norm {sizes.clip:g})."
     )
 
 
-recipe = Recipe(run, seeds=1, brings=True)
+recipe = Recipe(run, seeds=1, brings=True, configs=tuple(one.config for one in (*FIGURE_7, *LEFT, *RIGHT)))
