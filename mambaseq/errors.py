@@ -20,7 +20,16 @@ class UserError(Exception):
 
     The message is one paragraph that names what was read (file, record, key), what is wrong with it and the
     remedy.
+    place: the file, or the file and line, that it is about; "" where it is about no single one, or nobody said it.
+    reason: what is wrong there, in a few words; "" where the message alone says it.
     """
+
+    place = reason = ""
+
+    def at(self, place: object, reason: str = "") -> UserError:
+        """The error, about this place."""
+        self.place, self.reason = str(place), reason
+        return self
 
 
 class DataError(UserError):

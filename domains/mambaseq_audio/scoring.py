@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from mambaseq.checkpoints import LoadedModel, load_model
 from mambaseq.conditions import composed, parts_of
 from mambaseq.data.module import pad_collate
+from mambaseq.data.refusals import Refused
 from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown, typed
 from mambaseq.heads.classification import ClassificationHead
 from mambaseq.runs.devices import choose_device, memory_told
@@ -55,23 +56,42 @@ def recognise(classifier: LoadedModel, clips: str | Path, generated: bool = Fals
     and to mu-law levels; of clips longer than in its training the middle is read. generated: whether a model made them.
 
     Raises ConfigError for a model that is not a classifier of `audio/labelled`, DataError for files that cannot be
-    read.
+    read, all of them.
     """
-    model, card = classifier.model, classifier.card
-    head = model.head
-    if card.reader != "audio/audio" or not isinstance(head, ClassificationHead):
+    return _read(classifier, [(clips, generated)])[0].recognised(classifier)
+
+
+class _Clips(NamedTuple):
+    """Clips that were read: names of the records, levels `(length,)` of each, files."""
+
+    names: list[str]
+    levels: list[np.ndarray]
+    sources: list[str]
+
+    def recognised(self, classifier: LoadedModel) -> Recognised:
+        return dataclasses.replace(recognise_levels(classifier, self.names, self.levels), sources=self.sources)
+
+
+def _read(classifier: LoadedModel, sets: Sequence[tuple[str | Path, bool]]) -> list[_Clips]:
+    """Sets of clips, each with whether a model made them; see `recognise`."""
+    card = classifier.card
+    if card.reader != "audio/audio" or not isinstance(classifier.model.head, ClassificationHead):
         raise ConfigError(
             f"{classifier.source} is not a classifier of sounds. Give a run of audio/digit_classifier, or another one "
             "whose dataset is audio/labelled."
         )
     assert isinstance(classifier.tokenizer, MuLaw)
-    names, levels, sources = [], [], []
-    for record in read_audio(clips, classifier.tokenizer, **{**card.reader_options, "generated": generated}):
-        assert record.ids is not None
-        names.append(record.name)
-        sources.append(str(record.source))
-        levels.append(record.ids)
-    return dataclasses.replace(recognise_levels(classifier, names, levels), sources=sources)
+    refused, found = Refused("recordings"), []
+    for clips, generated in sets:
+        options = {**card.reader_options, "generated": generated, "refuse": refused}
+        found.append(_Clips([], [], []))
+        for record in read_audio(clips, classifier.tokenizer, **options):
+            assert record.ids is not None
+            found[-1].names.append(record.name)
+            found[-1].sources.append(str(record.source))
+            found[-1].levels.append(record.ids)
+    refused.check(sum(len(one.names) for one in found))
+    return found
 
 
 def recognise_levels(classifier: LoadedModel, names: list[str], clips: Sequence[np.ndarray]) -> Recognised:
@@ -183,7 +203,8 @@ def score(
         _compiled(pattern)  # before any clip is read
     where = choose_device(device)
     loaded, maker = load_model(classifier, where), None if likelihoods is None else load_model(likelihoods, where)
-    truth = recognise(loaded, real)
+    read, *made_clips = _read(loaded, [(real, False), *((name, True) for name in generated)])
+    truth = read.recognised(loaded)
     found: dict[str, dict[str, Any]] = {}
 
     def scored(clips: Recognised) -> dict[str, Any]:
@@ -195,8 +216,8 @@ def score(
             values["note"] = f"FID is too high: no more clips than features ({truth.features.shape[1]})"
         return values
 
-    for name in generated:
-        clips = recognise(loaded, name, generated=True)
+    for name, these in zip(generated, made_clips, strict=True):
+        clips = these.recognised(loaded)
         found[str(name)] = scored(clips)
         if maker is not None:
             chosen, told = rejected(clips, maker, name, band)

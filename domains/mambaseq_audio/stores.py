@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from mambaseq.data.cache import Unchanged, fingerprint
+from mambaseq.data.refusals import list_bad, reason_at, told_together
 from mambaseq.data.store import TokenStore
-from mambaseq.errors import DataError, UserError, cut_causes, shown
+from mambaseq.errors import DataError, UserError
 from mambaseq.limits import SAMPLES, UNPACKED_RATIO
 from mambaseq.resources import cores
 from mambaseq_audio.io import Channels, by_channel, signal_blocks
@@ -26,14 +26,10 @@ from mambaseq_audio.recordings import Recording
 RESAMPLER = "soxr HQ"
 """Levels depend on this version: another one makes another store."""
 
-logger = logging.getLogger(__name__)
-
 _SMALL = 8 * 2**20  # bytes of a file up to which it is decoded beside others
 _MANY = 500  # files from which a bar is shown
 _THREADS = 8
 _AHEAD = 8  # files for each thread that wait to be written
-_LOGGED = 1_000  # bad files that get a line each
-_TOLD = 800  # characters of a message for bad files
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -104,7 +100,8 @@ def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any], fil
     records = [number for number, length in enumerate(store.lengths.tolist()) if length]
     if len(records) < len(recordings) and not levels.bad:  # they were listed when the store was made
         without = [one for one, length in zip(recordings, store.lengths.tolist(), strict=True) if not length]
-        _list({str(one): "could not be used when it was first read" for one in without}, len(recordings))
+        bad = {str(one): "could not be used when it was first read" for one in without}
+        list_bad(bad, len(recordings), "recordings")
     return SoundStore([recordings[number] for number in records], records, store)
 
 
@@ -178,7 +175,7 @@ class Levels:
                 levels = self._checked(one)
             if isinstance(levels, UserError):
                 errors.append(levels)
-                self.bad[str(one)] = _reason(levels, one)
+                self.bad[str(one)] = reason_at(levels, str(one), str(one.path))
                 yield one.name, np.zeros(0, dtype=np.uint8)
             elif errors and not self.skip_bad:
                 continue
@@ -191,9 +188,10 @@ class Levels:
         if len(errors) == 1 and not self.skip_bad:
             raise errors[0]
         if errors:
-            _list(self.bad, len(self.recordings))
+            list_bad(self.bad, len(self.recordings), "recordings")
             if not self.skip_bad or len(errors) == len(self.recordings):
-                raise DataError(_message(self.bad, len(self.recordings), self.skip_bad))
+                remedy = "" if self.skip_bad else ", or set data.skip_bad: true to go on without them"
+                raise DataError(told_together(self.bad, len(self.recordings), "recordings", remedy))
 
     def _caught(self, one: Recording, errors: list[UserError]) -> Iterator[np.ndarray]:
         """The levels of a large file, piece by piece. What is wrong with it goes to `errors`, and is raised with the
@@ -202,7 +200,7 @@ class Levels:
             yield from self._blocks(one, self.notices)
         except UserError as error:
             errors.append(error)
-            self.bad[str(one)] = _reason(error, one)
+            self.bad[str(one)] = reason_at(error, str(one), str(one.path))
 
     def _checked(self, one: Recording) -> UserError | None:
         try:
@@ -210,27 +208,3 @@ class Levels:
         except UserError as error:
             return error
         return None
-
-
-def _reason(error: UserError, one: Recording) -> str:
-    """What is wrong, without the file's name and the remedy."""
-    text = str(error).replace(str(one), "it").replace(str(one.path), "it")
-    return text.partition(". ")[0].removeprefix("it").removeprefix(":").lstrip()
-
-
-def _list(bad: dict[str, str], count: int) -> None:
-    """Log a line for each."""
-    logger.warning("%s of %s recordings cannot be used:", f"{len(bad):,}", f"{count:,}")
-    for place, reason in list(bad.items())[:_LOGGED]:
-        logger.warning("%s: %s", place, reason)
-    if len(bad) > _LOGGED:
-        logger.warning("... and %s more", f"{len(bad) - _LOGGED:,}")
-
-
-def _message(bad: dict[str, str], count: int, skip_bad: bool) -> str:
-    told = cut_causes(((shown(place, 120), reason) for place, reason in bad.items()), 10, _TOLD, 90)
-    remedy = "" if skip_bad else ", or set data.skip_bad: true to go on without them"
-    return (
-        f"{len(bad):,} of {count:,} recordings cannot be used: {told}. The lines above list them. "
-        f"Mend them or leave them out{remedy}."
-    )

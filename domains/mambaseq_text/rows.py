@@ -40,6 +40,7 @@ class BadRow(DataError):
     def __init__(self, message: str, file: str, line: int, reason: str) -> None:
         super().__init__(message)
         self.file, self.line, self.reason = file, line, reason
+        self.place = f"{file}, line {line}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.file, self.line, self.reason)

@@ -20,6 +20,7 @@ from mambaseq.checkpoints import LoadedModel
 from mambaseq.conditions import as_written
 from mambaseq.data.cache import locate
 from mambaseq.data.records import Record, columns_of
+from mambaseq.data.refusals import Refused
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_list, did_you_mean, shown
 from mambaseq.generation.prompts import Row
@@ -64,11 +65,14 @@ def _prompt_records(
     loaded: LoadedModel, reader: str, sources: Sequence[Path], conditions: Conditions, only: int | None
 ) -> Iterator[_Found]:
     """The records of a prompt's files, from the model's reader; only: that of one number. Raises ConfigError where
-    there is none, or an empty one."""
+    there is none, or an empty one, and DataError at the end for all that cannot be read."""
     read = catalog()["readers"].get(reader)
     options = fitting_options("reader", reader, read, loaded.card.reader_options, own=True)
     if "spool" in inspect.signature(read).parameters:  # long ones are read from a temporary file, piece by piece
         options = {**options, "spool": True}
+    refused = Refused("prompts")
+    if only is None and "refuse" in inspect.signature(read).parameters:
+        options = {**options, "refuse": lambda error: refused(_as_of_prompts(error))}
     count = 0
     for path in sources:
         columns = columns_given(reader, read, conditions.fields(path))
@@ -91,6 +95,7 @@ def _prompt_records(
             limits.SEQUENCES.check(count, f"The prompt {path}")
             if only is not None:
                 return
+    refused.check(count)
     if only is not None:
         raise NoSuchRecord(f"{cut_list(map(str, sources), 3)} has {count} record(s), counted from 0.")
     if not count:
@@ -100,17 +105,24 @@ def _prompt_records(
 
 
 def _told_as_prompts(records: Iterator[Record]) -> Iterator[Record]:
-    """The records. A reader tells a bad row in the words of training data, whose settings a prompt's file has not."""
+    """The records, with errors in the words of prompts."""
     try:
         yield from records
     except DataError as error:
-        reason, line = (getattr(error, name, None) for name in ("reason", "line"))
-        if reason is None or line is None:
+        if (told := _as_of_prompts(error)) is error:
             raise
-        raise DataError(
-            f"The prompt file {getattr(error, 'file', '')}, line or row {line}, {reason}. Correct or remove it, or "
-            "name the column with the prompts, of .jsonl: --prompts FILE --prompts-key NAME."
-        ) from error
+        raise told from error
+
+
+def _as_of_prompts(error: UserError) -> UserError:
+    """An error of a reader, which tells a bad row in the words of training data, whose settings a prompt's file has
+    not."""
+    if (line := getattr(error, "line", None)) is None:
+        return error
+    return DataError(
+        f"The prompt file {getattr(error, 'file', '')}, line or row {line}, {error.reason}. Correct or remove it, or "
+        "name the column with the prompts, of .jsonl: --prompts FILE --prompts-key NAME."
+    ).at(error.place, error.reason)
 
 
 def _column_of_prompts(read: Callable[..., Any], path: Path, options: Mapping[str, Any]) -> dict[str, Any]:

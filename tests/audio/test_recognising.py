@@ -189,6 +189,13 @@ def test_scores_of_folders(
         (folder / f"{name}_0.wav").rename(wrong.parent / f"both-00{number}.wav")
         said = name if number else f"take=1 word={name}"
         (wrong.parent / f"both-00{number}.json").write_text(json.dumps({"condition": said}))
+    (tmp_path / "bad").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "bad" / f"{name}.wav").write_bytes(b"")
+    (folder / "three.wav").write_bytes(b"")
+    with pytest.raises(DataError, match=r"3 of 25 recordings cannot be used: .*three\.wav', .*one\.wav', .*two\.wav'"):
+        score([wrong, tmp_path / "bad"], folder, place)
+    (folder / "three.wav").unlink()
     both = score([tmp_path / "both-*.wav"], folder, place, pattern="^(?P<word>low|high)_")
     assert [one["accuracy"] for one in both.values()] == [1.0]
     capsys.readouterr()

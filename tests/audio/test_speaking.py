@@ -70,6 +70,26 @@ def test_a_recording_is_continued_drawn_and_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "c.wav").exists()
 
 
+def test_all_prompts_that_cannot_be_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, folder = speaker(tmp_path / "m"), tmp_path / "prompts"
+    folder.mkdir()
+    soundfile.write(folder / "good.wav", np.zeros(20), RATE)
+    (folder / "text.wav").write_text("no sound")
+    (folder / "empty.wav").write_bytes(b"")
+    argv = ["generate", "--checkpoint", str(model), "-n", "5", "--out", str(tmp_path / "a.wav"), "--device", "cpu"]
+    for prompt in (str(folder), str(folder / "*.wav")):
+        assert main([*argv, "--prompt", prompt]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert "2 of 3 prompts cannot be used: '" in told
+        assert "empty.wav', '" in told
+        assert "text.wav' (cannot be read as audio" in told
+        assert "skip_bad" not in told
+    assert not list(tmp_path.glob("a*"))
+    (folder / "text.wav").unlink()
+    assert main([*argv, "--prompt", str(folder)]) == 2
+    assert "empty.wav cannot be read as audio" in capsys.readouterr().err
+
+
 def test_one_of_several_samples_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model = speaker(tmp_path / "m", n_conditions=3, condition_names=["low", "high", "very, very"])
     arguments = ["--condition", "very, very,low", "--samples", "2", "-n", "30", "--pictures", "0", "--device", "cpu"]

@@ -300,6 +300,9 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line or row 2, has no field 'prompt'.*--prompts-key") as caught:
         run.generate(str(rows), device="cpu")
     assert "data.field" not in str(caught.value)
+    rows.write_text('{"prompt": "To be"}\n{"q": "or"}\n[1]\n{"prompt": "not"}\n{"q": "to"}\n')  # all of them
+    with pytest.raises(DataError, match=r"3 of 5 prompts cannot be used: .*, line 2', .*, line 5' \(has no field"):
+        run.generate(str(rows), device="cpu")
     assert run.generate(prompts, max_new_tokens=6, seed=3, device="cpu").sequences == texts
     for wrong, meant in (("max_tokens", "max_new_tokens"), ("temprature", "temperature")):
         for out in (None, tmp_path / "f.txt"):
