@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _LARGEST_STATE = 256
 # where there is little to do, so that all multiprocessors take part.
 _LITTLE, _MUCH = (512, 1), (1024, 4)
 _MANY_PROGRAMS = 1024
+# Elements of the state that a program of the SSD holds: as many are on their way from memory at once.
+_OF_HEADS = 2048
 _WARPS = 4
 # Channels a program of the convolution: one a thread, which alone reads and moves what its channel remembers.
 _CONV_CHANNELS = 32 * _WARPS
@@ -254,9 +257,10 @@ def ssd_update_(
         return y
     rows, dt, B, C = _rows(x.flatten(1)), _rows(dt), _rows(B), _rows(C)  # rows (batch, channels)
     states = power_of_two(d_state)
-    per_program = max(_LITTLE[0] // states, 1)
+    # what divides a head, at most; the same for any batch, so that sums are rounded alike
+    per_program = math.gcd(head_dim, max(_OF_HEADS // states, 1))
     with portable.on(x):
-        _kernels().ssd_update[(-(-channels // per_program) * batch,)](
+        _kernels().ssd_update[(channels // per_program * batch,)](
             state,
             rows,
             rows.stride(0),
@@ -272,7 +276,6 @@ def ssd_update_(
             None if D is None else _rows(D),
             None if dt_bias is None else _rows(dt_bias),
             y,
-            batch,
             channels,
             head_dim,
             channels // groups,

@@ -261,7 +261,7 @@ def lti_update(
         tl.store(y + row * channels + c, out, mask=here)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit
 def ssd_update(
     state,
     x,
@@ -278,7 +278,6 @@ def ssd_update(
     D,
     dt_bias,
     y,
-    batch,
     channels,
     head_dim,
     channels_of_group,
@@ -290,34 +289,34 @@ def ssd_update(
     STATES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """CHANNELS channels of one sequence, all heads' together; `head_dim` neighbours have dt, A and D in common."""
-    blocks = tl.cdiv(channels, CHANNELS)
+    """CHANNELS channels of one sequence and of one head, which have dt, A, B, C and D in common; they divide it."""
+    blocks = channels // CHANNELS
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.arange(0, STATES)[None, :]
-    real = c < channels
-    tile = real[:, None] & (n < D_STATE)
-    head, group = c // head_dim, (c // channels_of_group)[:, None].to(tl.int64)
-    u = tl.load(x + row * x_stride + c, mask=real, other=0.0).to(tl.float32)
-    delta = tl.load(dt + row * dt_stride + head, mask=real, other=0.0).to(tl.float32)
+    first = tl.program_id(0) % blocks * CHANNELS
+    c = first + tl.arange(0, CHANNELS)
+    n = tl.arange(0, STATES)
+    real = n < D_STATE
+    place = state + (row * channels + c)[:, None] * D_STATE + n[None, :]
+    h = tl.load(place, mask=real[None, :], other=0.0).to(tl.float32)  # first, as it takes longest
+    head, group = first // head_dim, (first // channels_of_group).to(tl.int64)
+    u = tl.load(x + row * x_stride + c).to(tl.float32)
+    delta = tl.load(dt + row * dt_stride + head).to(tl.float32)
     if HAS_BIAS:
-        delta += tl.load(dt_bias + head, mask=real, other=0.0).to(tl.float32)
+        delta += tl.load(dt_bias + head).to(tl.float32)
     if SOFTPLUS:
         delta = softplus(delta)
-    rate = tl.load(A + head, mask=real, other=0.0).to(tl.float32)
+    rate = tl.load(A + head).to(tl.float32)
     if A_IS_LOG:
         rate = -tl.exp(rate)
-    decay = tl.exp(delta * rate)
-    b = tl.load(B + row * B_stride + group * B_group_stride + n, mask=tile, other=0.0).to(tl.float32)
-    read = tl.load(C + row * C_stride + group * C_group_stride + n, mask=tile, other=0.0).to(tl.float32)
-    place = state + (row * channels + c)[:, None] * D_STATE + n
-    h = decay[:, None] * tl.load(place, mask=tile, other=0.0).to(tl.float32) + (delta * u)[:, None] * b
-    out = tl.sum(h * read, axis=1)
+    b = tl.load(B + row * B_stride + group * B_group_stride + n, mask=real, other=0.0).to(tl.float32)
+    read = tl.load(C + row * C_stride + group * C_group_stride + n, mask=real, other=0.0).to(tl.float32)
+    h = tl.exp(delta * rate) * h + (delta * u)[:, None] * b[None, :]
+    out = tl.sum(h * read[None, :], axis=1)
     if HAS_D:
-        out += tl.load(D + head, mask=real, other=0.0).to(tl.float32) * u
+        out += tl.load(D + head).to(tl.float32) * u
     tl.debug_barrier()  # all have loaded, whichever threads store
-    tl.store(place, h, mask=tile)
-    tl.store(y + row * channels + c, out, mask=real)
+    tl.store(place, h, mask=real[None, :])
+    tl.store(y + row * channels + c, out)
 
 
 @triton.jit
