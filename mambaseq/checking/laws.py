@@ -167,8 +167,7 @@ def near(actual: Tensor, expected: Tensor, what: str) -> None:
 def joined(model: SequenceModel, items: Sequence[Batch]) -> Iterator[tuple[str, Batch]]:
     """The sequences together, as "padded" and "packed"; not padded for a model that is neither causal nor takes a
     mask."""
-    parts = (model.encoder, model.backbone)
-    if all(getattr(part, "causal", False) or getattr(part, "takes_mask", False) for part in parts):
+    if model.takes_padding:
         yield "padded", poisoned(pad_collate(list(items)))
     yield "packed", pack_collate(list(items))
 

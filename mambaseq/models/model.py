@@ -72,6 +72,15 @@ class SequenceModel(nn.Module):
         """Inputs to a position of the backbone."""
         return getattr(self.encoder, "stride", 1)
 
+    @property
+    def takes_padding(self) -> bool:
+        """Whether sequences of different lengths may be padded: encoder and backbone see nothing after a position, or
+        take a mask."""
+        return all(
+            getattr(part, "causal", False) or getattr(part, "takes_mask", False)
+            for part in (self.encoder, self.backbone)
+        )
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """See `nn.Module.state_dict`; a tensor's further names are left out."""
         found = super().state_dict(*args, **kwargs)

@@ -6,13 +6,15 @@ from __future__ import annotations
 import abc
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mambaseq.batch import Batch
 from mambaseq.checkpoints import LoadedModel
+from mambaseq.data.module import pad_collate
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.heads.base import Pool, pool
@@ -67,8 +69,10 @@ class Answer(abc.ABC):
         first output. least, most: fewest and most tokens that give an answer. whole: all positions are read together.
     each: answers are for positions, or bins of `step` of them, not for a window. unknown: the note where none counts.
     stride: from the start of a window to that of the next; None for windows end to end.
-    gathered: windows are gathered up to this many tokens, so that those of one length are read together; this bounds
-        the memory.
+    gathered: windows are gathered up to this many tokens, so that those of about one length are read together; this
+        bounds the memory.
+    pads: whether windows of different lengths are read together, the shorter ones padded, as encoder and backbone can
+        do without seeing it; otherwise those of one length are.
     """
 
     columns: list[str]
@@ -85,6 +89,7 @@ class Answer(abc.ABC):
         self.stride: int | None = None
         self.device = next(self.model.parameters()).device
         encoder, backbone = self.model.encoder, self.model.backbone
+        self.pads = self.model.takes_padding
         # with the results of one reading
         self.in_parts = bool(backbone.causal and getattr(encoder, "position_wise", False))
         self.least = max(self.least, getattr(self.model.encoder, "min_length", 1))
@@ -129,19 +134,27 @@ class Answer(abc.ABC):
         return f"shorter than the {self.least} tokens that the model reads at once"
 
     def tensor(self, record: Record, start: int, stop: int) -> Tensor:
-        values = record.signal if record.ids is None else record.ids
-        assert values is not None
-        kind = np.float32 if record.ids is None else np.int64
-        return torch.from_numpy(np.ascontiguousarray(values[start:stop], dtype=kind)).to(self.device)
+        """Tokens [start, stop) of a record, `(1, length)` ids or `(1, length, channels)`."""
+        return _tensor(record, start, stop).to(self.device)
 
-    def batch(self, pieces: list[tuple[Record, Span]]) -> Tensor:
-        """Spans of one length, `(spans, length)` ids or `(spans, length, channels)`."""
-        return torch.stack([self.tensor(record, span.start, span.stop) for record, span in pieces])
+    def batch(self, pieces: list[tuple[Record, Span]]) -> Batch:
+        """Spans, with the conditions of their records, those of different lengths padded under a mask."""
+        return pad_collate(
+            [Batch(_tensor(record, span.start, span.stop), condition=_condition(record)) for record, span in pieces]
+        ).to(self.device)
 
-    def conditions(self, pieces: Iterable[tuple[Record, Span]]) -> Tensor | None:
-        """Those of the records, `(spans,)` int64 (see `Batch`); None for a model that has none."""
-        found = [record.condition for record, _ in pieces]
-        return None if None in found else torch.tensor(found, device=self.device)
+    def condition(self, record: Record) -> Tensor | None:
+        """That of a record, a row (see `Batch`); None for a model that has none."""
+        found = _condition(record)
+        return None if found is None else found.to(self.device)
+
+    def read(self, inputs: Tensor, condition: Tensor | None, mask: Tensor | None = None, **options: Any) -> Any:
+        """What the backbone makes of inputs `(batch, length, ...)`: `(batch, positions, d_model)`. mask: `(batch,
+        length)` bool, of real positions. options: of states, which are then returned as well."""
+        model = self.model
+        x = model.encoder(inputs, condition, **model.given_mask(model.encoder, "encoder", mask))
+        mask = None if mask is None else mask[:, :: model.stride]
+        return model.backbone(x, **options, **model.given_mask(model.backbone, "backbone", mask))
 
     @property
     def at_once(self) -> int:
@@ -154,7 +167,7 @@ class Answer(abc.ABC):
 
     @abc.abstractmethod
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
-        """What is found for each of several spans of one length, read as a batch."""
+        """What is found for each of several spans, read as a batch: of one length, unless it `pads`."""
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
         """What is found for a span that is `long`. Raises NotFinite."""
@@ -167,6 +180,17 @@ class Answer(abc.ABC):
     def turned(self, values: np.ndarray) -> np.ndarray:
         """Values `(n, numbers)` of the other strand as those of this one, position by position."""
         return values
+
+
+def _tensor(record: Record, start: int, stop: int) -> Tensor:
+    values = record.signal if record.ids is None else record.ids
+    assert values is not None
+    kind = np.float32 if record.ids is None else np.int64
+    return torch.from_numpy(np.array(values[None, start:stop], dtype=kind, order="C"))
+
+
+def _condition(record: Record) -> Tensor | None:
+    return None if record.condition is None else torch.tensor([record.condition])
 
 
 def scored_tokens(record: Record, start: int, stop: int) -> np.ndarray | None:
@@ -236,8 +260,13 @@ class Sequences(Answer):
         return values[:, swapped] if swapped else values
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
-        output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
-        return self._of_windows([span for _, span in pieces], output)
+        return self._of_windows([span for _, span in pieces], self._outputs(pieces))
+
+    def _outputs(self, pieces: list[tuple[Record, Span]]) -> Tensor:
+        """Logits of a batch, fp32, on the CPU."""
+        batch = self.batch(pieces)
+        output: Tensor = self.model(batch.inputs, mask=batch.mask, condition=batch.condition).logits
+        return output.float().cpu()
 
     def _of_windows(self, spans: list[Span], output: Tensor) -> list[Found | NotFinite]:
         output = output.view(len(spans), -1)
@@ -250,10 +279,10 @@ class Sequences(Answer):
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
         how = cast(Pool, self.model.head.pooling)
         pooled = state = None
-        condition = self.conditions([(record, span)])
+        condition = self.condition(record)
         for start in range(span.start, span.start + 1 if how == "first" else span.stop, CHUNK):
-            x = self.model.encoder(self.tensor(record, start, min(start + CHUNK, span.stop))[None], condition)
-            hidden, state = self.model.backbone(x, state=state, return_state=True)
+            inputs = self.tensor(record, start, min(start + CHUNK, span.stop))
+            hidden, state = self.read(inputs, condition, state=state, return_state=True)
             if how == "mean":
                 part = hidden.sum(1, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32)
                 pooled = part if pooled is None else pooled + part
@@ -300,24 +329,31 @@ class Positions(Sequences):
         self.columns = ["predicted", "probability"]
         return [Words(values.argmax(-1), names), values.max(-1)]
 
-    def _found(self, record: Record, first: int, stop: int, output: Tensor) -> Found | NotFinite:
-        """The positions, or bins, from `first` on; output `(bins, outputs)`."""
-        if not output.isfinite().all():
-            return NotFinite("")
-        if -(-(stop - first) // self.step) != len(output):
+    def _bins(self, tokens: int) -> int:
+        return -(-tokens // self.step)
+
+    def _check_count(self, output: Tensor, tokens: int) -> None:
+        """Raise ConfigError unless output `(batch, bins, ...)` has as many bins as there are."""
+        if self._bins(tokens) != output.shape[1]:
             raise ConfigError(
-                f"The model at {self.loaded.source} gives {len(output)} outputs for {stop - first} tokens; they cannot "
+                f"The model at {self.loaded.source} gives {output.shape[1]} outputs for {tokens} tokens; they cannot "
                 "be one label for each position. Use a head with one output a position."
             )
+
+    def _found(self, record: Record, first: int, stop: int, output: Tensor) -> Found | NotFinite:
+        """The positions, or bins, from `first` on; output `(bins, ...)`."""
+        if not output.isfinite().all():
+            return NotFinite("")
         known = scored_tokens(record, first, stop)
         if known is not None and self.step > 1:
             known = np.logical_or.reduceat(known, np.arange(0, len(known), self.step))
-        return Found(first, stop, self.step, self.numbers(output), known)
+        return Found(first, stop, self.step, self.numbers(output.reshape(len(output), -1)), known)
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
-        output = self.model(self.batch(pieces), condition=self.conditions(pieces)).logits.float().cpu()
+        output = self._outputs(pieces)
+        self._check_count(output, max(span.stop - span.start for _, span in pieces))
         return [
-            self._found(record, span.start, span.stop, one.reshape(len(one), -1))
+            self._found(record, span.start, span.stop, one[: self._bins(span.stop - span.start)])
             for (record, span), one in zip(pieces, output, strict=True)
         ]
 
@@ -325,10 +361,11 @@ class Positions(Sequences):
         state = None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
-            inputs = self.tensor(record, start, stop)[None]
-            output = self.model(inputs, condition=self.conditions([(record, span)]), state=state, return_state=True)
+            inputs = self.tensor(record, start, stop)
+            output = self.model(inputs, condition=self.condition(record), state=state, return_state=True)
             state = output.state
-            found = self._found(record, start, stop, output.logits[0].float().cpu().reshape(stop - start, -1))
+            self._check_count(output.logits, stop - start)
+            found = self._found(record, start, stop, output.logits[0].float().cpu())
             if isinstance(found, NotFinite):
                 raise found
             yield found

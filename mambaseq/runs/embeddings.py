@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones.bidirectional import BidirectionalStack
+from mambaseq.backbones.bidirectional import BidirectionalStack, reverse
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.backbones.reverse_complement import ReverseComplementStack
 from mambaseq.checkpoints import LoadedModel
 from mambaseq.data.records import Record
 from mambaseq.errors import ConfigError, shown
+from mambaseq.heads.base import pool
+from mambaseq.ops import sequences
 from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
 from mambaseq.runs.tables import Column
 
@@ -78,19 +80,19 @@ class Embeddings(Answer):
         return self._hidden(inputs, condition)[0]
 
     def _hidden(
-        self, inputs: Tensor, condition: Tensor | None, state: Any = None, return_state: bool = False
+        self, inputs: Tensor, condition: Tensor | None, mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Any]:
-        """Inputs `(batch, length, ...)` to hidden `(batch, positions, d_model)` fp32, and the states."""
-        x = self.model.encoder(inputs, condition)
+        """Inputs `(batch, length, ...)` to hidden `(batch, positions, d_model)` fp32, and the states, if options ask
+        for them (see `read`)."""
         with self._watched() as found:
-            options: dict[str, Any] = {"state": state, "return_state": True} if return_state else {}
-            output = self.model.backbone(x, **options)
-        y, new = output if return_state else (output, None)
+            output = self.read(inputs, condition, mask, **options)
+        y, new = output if options else (output, None)
         if self.layer is not None:  # with chunk_length a layer is run once a chunk
             y = torch.cat(found, 1)
             if self.model.backbone.strands == 2:  # the strands are sequences of their own in a layer
                 this, other = y.chunk(2)
-                y = torch.cat([this, other.flip(1)], -1)
+                order = sequences.reversal(len(this), this.shape[1], mask=mask)
+                y = torch.cat([this, reverse(other, order)], -1)
         return y.float(), new
 
     def _made(self, first: int, stop: int, hidden: Tensor) -> Found | NotFinite:
@@ -117,20 +119,23 @@ class Embeddings(Answer):
         return np.roll(values, half, axis=1) if self.model.backbone.strands == 2 else values
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
-        hidden, _ = self._hidden(self.batch(pieces), self.conditions(pieces))
-        if self.pool == "mean":
-            hidden = hidden.mean(1, keepdim=True)
-        elif self.pool == "last":
-            hidden = hidden[:, -1:]
-        return [self._made(span.start, span.stop, one) for (_, span), one in zip(pieces, hidden, strict=True)]
+        batch, stride = self.batch(pieces), self.model.stride
+        hidden, _ = self._hidden(batch.inputs, batch.condition, batch.mask)
+        if self.pool in ("mean", "last"):
+            mask = None if batch.mask is None else batch.mask[:, ::stride]
+            hidden = pool(hidden, self.pool, mask, None)[:, None]
+        return [
+            self._made(span.start, span.stop, one[: -(-(span.stop - span.start) // stride)])
+            for (_, span), one in zip(pieces, hidden, strict=True)
+        ]
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
         """States are passed on, so memory does not grow with the record."""
         state, total, last = None, torch.zeros((), dtype=torch.float64), None
         for start in range(span.start, span.stop, CHUNK):
             stop = min(start + CHUNK, span.stop)
-            given = self.conditions([(record, span)])
-            hidden, state = self._hidden(self.tensor(record, start, stop)[None], given, state, True)
+            inputs = self.tensor(record, start, stop)
+            hidden, state = self._hidden(inputs, self.condition(record), state=state, return_state=True)
             if self.each:
                 found = self._made(start, stop, hidden[0])
                 if isinstance(found, NotFinite):

@@ -25,16 +25,26 @@ class Likelihood(Answer):
     least = 2
     unknown = answers.NOTHING_SCORED
 
+    def __init__(self, loaded: LoadedModel, window: int | None) -> None:
+        super().__init__(loaded, window)
+        # another head may look at neighbouring positions, and is given no mask
+        self.alone = getattr(self.model.head, "position_wise", False)
+        self.pads = self.pads and self.alone
+
     def too_short(self, length: int) -> str:
         return "only one token, so there is nothing to predict"
 
     def _labels(self, record: Record, start: int, stop: int, ids: Tensor) -> Tensor:
+        """Those of ids `(tokens, ...)`, the first of which are tokens [start, stop) of a record and the others
+        padding."""
         labels_of = getattr(self.model.head, "labels_of", None)
         labels: Tensor = ids if labels_of is None else labels_of(ids)
         scored = scored_tokens(record, start, stop)
-        if scored is None:
+        if scored is None and len(ids) == stop - start:
             return labels
-        left_out = ~torch.from_numpy(scored).to(ids.device)
+        counts = np.zeros(len(ids), dtype=bool)
+        counts[: stop - start] = True if scored is None else scored
+        left_out = ~torch.from_numpy(counts).to(ids.device)
         return labels.masked_fill(left_out.view(-1, *[1] * (labels.dim() - 1)), -100)
 
     def _all_labels(self, pieces: list[tuple[Record, Span]], ids: Tensor) -> Tensor:
@@ -44,18 +54,20 @@ class Likelihood(Answer):
 
     def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
         """How many tokens of the spans come before the first that is predicted, and bits and labels of all others,
-        `(spans, tokens)`; -100 is a label that does not count."""
-        ids = self.batch(pieces)
-        hidden = self.model.backbone(self.model.encoder(ids[:, :-1], self.conditions(pieces)))
-        labels = self._all_labels(pieces, ids)[:, 1:]
+        `(spans, tokens)`; -100 is a label that does not count, as those of padding are."""
+        batch = self.batch(pieces)
+        mask = None if batch.mask is None else batch.mask[:, 1:]  # a row without its last token
+        hidden = self.read(batch.inputs[:, :-1], batch.condition, mask)
+        labels = self._all_labels(pieces, batch.inputs)[:, 1:]
         return 1, self._losses(hidden, labels) / math.log(2), labels
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         first, bits, labels = self._bits(pieces)
-        return [
-            self._made(span, span.start + first, one, label)
-            for (_, span), one, label in zip(pieces, bits.cpu(), labels.cpu(), strict=True)
-        ]
+        found = []
+        for (_, span), one, label in zip(pieces, bits.cpu(), labels.cpu(), strict=True):
+            count = span.stop - span.start - first
+            found.append(self._made(span, span.start + first, one[:count], label[:count]))
+        return found
 
     def _made(self, span: Span, first: int, bits: Tensor, labels: Tensor) -> Found | NotFinite:
         """What is found of a span whose tokens from `first` on have these bits."""
@@ -73,9 +85,8 @@ class Likelihood(Answer):
         for start in range(span.start, span.stop - 1, answers.CHUNK):
             stop = min(start + answers.CHUNK, span.stop - 1)
             ids = self.tensor(record, start, stop + 1)
-            labels = self._labels(record, start, stop + 1, ids)[None, 1:]
-            x = self.model.encoder(ids[None, :-1], self.conditions([(record, span)]))
-            hidden, state = self.model.backbone(x, state=state, return_state=True)
+            labels = self._labels(record, start, stop + 1, ids[0])[None, 1:]
+            hidden, state = self.read(ids[:, :-1], self.condition(record), state=state, return_state=True)
             yield start + 1, (self._losses(hidden, labels)[0] / math.log(2)).cpu(), labels[0].cpu()
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
@@ -95,9 +106,7 @@ class Likelihood(Answer):
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Nats `(batch, length)` fp32, 0 where a label does not count."""
-        # another head may look at neighbouring positions
-        alone = getattr(self.model.head, "position_wise", False)
-        step = max(1, _LOGITS // len(hidden)) if alone else hidden.shape[1]
+        step = max(1, _LOGITS // len(hidden)) if self.alone else hidden.shape[1]
         slices = (slice(start, start + step) for start in range(0, hidden.shape[1], step))
         return torch.cat([self._nats(hidden[:, part], labels[:, part]) for part in slices], 1)
 
@@ -152,16 +161,15 @@ class PseudoLikelihood(Likelihood):
         return Answer.too_short(self, length)
 
     def _bits(self, pieces: list[tuple[Record, Span]]) -> tuple[int, Tensor, Tensor]:
-        ids = self.batch(pieces)
-        labels = self._all_labels(pieces, ids)
+        batch = self.batch(pieces)
+        ids, labels = batch.inputs, self._all_labels(pieces, batch.inputs)
         nats = torch.zeros(ids.shape, device=ids.device)
         for first in range(min(self._TIMES, ids.shape[1])):
             hidden = ids.clone()
             hidden[:, first :: self._TIMES] = self.mask_id
             asked = torch.full_like(labels, -100)
             asked[:, first :: self._TIMES] = labels[:, first :: self._TIMES]
-            found = self.model.backbone(self.model.encoder(hidden, self.conditions(pieces)))
-            nats += self._losses(found, asked)
+            nats += self._losses(self.read(hidden, batch.condition, batch.mask), asked)
         return 0, nats / math.log(2), labels
 
 

@@ -34,6 +34,8 @@ from mambaseq.runs.tables import Block, Table, known_ending, named, partial_path
 
 _GATHERED = 2**14  # windows; see `Answer.gathered`
 _NAMED = 20  # bad records that are named singly
+_PADDING = 64  # positions of a batch that may be padding, however few are not
+_PADDED = 4  # not padding, for each that is
 
 Bad = Callable[[UserError], None]
 
@@ -96,7 +98,8 @@ def predict(
     regions: parts of the records, in the words of the reader: `chr1:1,001-2,000` or a BED file for dna/fasta.
     columns: those to write, by name; () for all.
     batch_size: windows read together; of shorter windows, as many as make the same number of tokens;
-        on a CPU no more than 2^15 tokens.
+        on a CPU no more than 2^15 tokens. Those of about one length are padded to one and read together; no answer
+        depends on padding (where encoder or backbone would see it, only windows of one length are).
     dtype: of the weights: see `mambaseq.checkpoints.load_model`.
     skip_bad: continue after a file that cannot be read and after a record whose prediction is not finite.
 
@@ -373,23 +376,35 @@ def _finished(
 
 
 def _batched(answer: Answer, gathered: list[_Piece], batch_size: int) -> list[Found | NotFinite | None]:
-    """What is found for each piece; None for pieces that are read in parts, or not at all. Spans of one length are read
-    together, so nothing is padded and no prediction depends on other records."""
+    """What is found for each piece; None for pieces that are read in parts, or not at all."""
     found: list[Found | NotFinite | None] = [None] * len(gathered)
-    by_length: dict[int, list[int]] = {}
-    for number, (_, _, span) in enumerate(gathered):
-        if not span.note and not answer.long(span):
-            by_length.setdefault(span.stop - span.start, []).append(number)
-    window = answer.window or CHUNK
-    for length, numbers in by_length.items():
-        at_once = max(batch_size, batch_size * window // length) if length < window else batch_size
-        at_once = max(min(at_once, answer.at_once // length), 1)
-        for first in range(0, len(numbers), at_once):
-            some = numbers[first : first + at_once]
-            answers = answer.answers([(gathered[number].record, gathered[number].span) for number in some])
-            for number, one in zip(some, answers, strict=True):
-                found[number] = one
+    spans = {number: piece.span for number, piece in enumerate(gathered)}
+    lengths = {n: span.stop - span.start for n, span in spans.items() if not span.note and not answer.long(span)}
+    for some in _together(answer, lengths, batch_size):
+        answers = answer.answers([(gathered[number].record, gathered[number].span) for number in some])
+        for number, one in zip(some, answers, strict=True):
+            found[number] = one
     return found
+
+
+def _together(answer: Answer, lengths: dict[int, int], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of spans that are read as a batch, by the lengths of all, the shortest first: those of about one
+    length, or of one where they cannot be padded."""
+    window = answer.window or CHUNK
+    some: list[int] = []
+    real = 0
+    for number in sorted(lengths, key=lengths.__getitem__):
+        length = lengths[number]
+        most = max(batch_size, batch_size * window // length) if length < window else batch_size
+        most = max(min(most, answer.at_once // length), 1)
+        padding = max(_PADDING, real // _PADDED) if answer.pads else 0
+        if some and (len(some) >= most or len(some) * length - real > padding):
+            yield some
+            some, real = [], 0
+        some.append(number)
+        real += length
+    if some:
+        yield some
 
 
 def _not_finite(answer: Answer, piece: _Piece) -> UserError:

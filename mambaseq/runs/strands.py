@@ -36,7 +36,8 @@ class BothStrands(Answer):
         super().__init__(loaded, answer.window)
         self.answer, self.complement = answer, np.asarray(complement)
         self.least, self.each, self.step, self.in_parts = answer.least, answer.each, answer.step, answer.in_parts
-        self.whole, self.gathered, self.unknown = answer.whole, answer.gathered, answer.unknown
+        self.whole, self.pads = answer.whole, answer.pads
+        self.gathered, self.unknown = answer.gathered, answer.unknown
 
     def overlap(self, stride: int) -> None:
         self.answer.overlap(stride)
@@ -82,16 +83,16 @@ class BothStrands(Answer):
 
     def answers(self, pieces: list[tuple[Record, Span]]) -> list[Found | NotFinite]:
         found = self.answer.answers(pieces)
-        others = [self._other(record, span) for record, span in pieces]
-        if others[0][1].stop < self.least:  # less than a bin
-            return found
-        rows: list[Found | NotFinite] = []
-        for (_, span), one, other, (_, turned) in zip(pieces, found, self.answer.answers(others), others, strict=True):
-            if isinstance(one, NotFinite) or isinstance(other, NotFinite):
-                rows.append(one if isinstance(one, NotFinite) else NotFinite(""))
-            else:
-                rows.append(self._mean(one, self._back(other, span.start + turned.stop)))
-        return rows
+        others = {number: self._other(*piece) for number, piece in enumerate(pieces)}
+        others = {number: other for number, other in others.items() if other[1].stop >= self.least}  # a bin, at least
+        turned = self.answer.answers(list(others.values())) if others else []
+        for (number, (_, read)), other in zip(others.items(), turned, strict=True):
+            one, (_, span) = found[number], pieces[number]
+            if isinstance(other, NotFinite):
+                found[number] = other
+            elif not isinstance(one, NotFinite):
+                found[number] = self._mean(one, self._back(other, span.start + read.stop))
+        return found
 
     def parts(self, record: Record, span: Span) -> Iterator[Found]:
         other = self._other(record, span)

@@ -20,7 +20,6 @@ from runs.test_prediction import DNA, classifier, fasta, language_model, predict
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
 from mambaseq.errors import DataError
-from mambaseq.models import SequenceModel
 from mambaseq.outputs import safe_cell
 from mambaseq.runs import answers
 
@@ -111,25 +110,6 @@ def test_long_records_are_read_in_parts(tmp_path: Path, mixer: str, monkeypatch:
     for row, text in zip(predict(model, source), texts, strict=True):
         assert row["tokens"] == str(len(text) - 1)
         assert float(row["bits_per_token"]) == pytest.approx(bits(model, text), abs=2e-6)
-
-
-def test_records_of_one_length_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [chr(97 + number % 26) * (2 + number % 10) for number in range(500)]
-    source = jsonl(tmp_path / "in.jsonl", *texts)
-    model = language_model(tmp_path / "m")
-    alone = {text: bits(model, text) for text in set(texts)}
-    calls: list[int] = []
-    forward = SequenceModel.__init__
-
-    def counting(self: SequenceModel, *arguments: Any, **options: Any) -> None:
-        forward(self, *arguments, **options)
-        self.backbone.register_forward_hook(lambda *_: calls.append(1))
-
-    monkeypatch.setattr(SequenceModel, "__init__", counting)
-    rows = predict(model, source)
-    assert len(calls) == 10
-    for row, text in zip(rows, texts, strict=True):
-        assert float(row["bits_per_token"]) == pytest.approx(alone[text], abs=2e-6)
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
