@@ -1,10 +1,10 @@
-"""What `mambaseq predict` gains by reading records of about one length together, padded, instead of those of one length:
+"""What `mambaseq predict` gains by reading records of about one length together, padded, for those of one length:
 200 records of 20 to 90, and of 50 to 1,000 tokens, by a language model and by a classifier that reads both ways.
 
     taskset -c 0 python benchmarks/predict_lengths.py
 
-Both ways are run in turn, three times each; the ratio is that of the fastest. Times are those of the processor, on one core: threads that wait for each other take time too,
-more of it on a busy machine.
+Both ways are run in turn, three times each; the ratio is that of the fastest. Times are those of the processor, on one
+core: threads that wait for each other take time too, more of it on a busy machine.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def main() -> None:
                 found = [(seconds(model, source, False), seconds(model, source, True)) for _ in range(3)]
                 one, other = (min(row[place] for row in found) for place in (0, 1))
                 print(
-                    f"{name}, {low} to {high} tokens: {one[0]:.2f} s in {one[1]} batches of one length, {other[0]:.2f} s "
-                    f"in {other[1]} of about one: {one[0] / other[0]:.2f} times as fast",
+                    f"{name}, {low} to {high} tokens: {one[0]:.2f} s in {one[1]} batches of one length, {other[0]:.2f} "
+                    f"s in {other[1]} of about one: {one[0] / other[0]:.2f} times as fast",
                     flush=True,
                 )
 

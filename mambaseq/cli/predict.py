@@ -86,7 +86,8 @@ def run(argv: list[str], command: str) -> int:
         "--batch-size",
         type=int,
         default=16,
-        help="windows that are read together; more if they are short, fewer if long on a CPU (default 16)",
+        help="windows of about one length that are read together; more if they are short, fewer if long on a CPU "
+        "(default 16)",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     add_dtype(parser)
