@@ -264,8 +264,8 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
         left, errors = torch.empty_like(states), torch.empty_like(written)
         walked = (*call.down_q, *call.down_k, call.up, dy, *dy.stride()[:3], *call.rates[4:],
                    call.total, call.scores, call.inverse)  # fmt: skip
-        wants, kept = a.initial_state is not None, (left, errors)
-        dinitial = call.through(kernels.walk_back, call.plan.walk_back, walked, dfinal, wants, kept)
+        wants = a.initial_state is not None
+        dinitial = call.through(kernels.walk_back, call.plan.walk_back, walked, dfinal, wants, (left, errors))
 
         blocks = call.blocks(call.plan.of_channels if call.channels else call.plan.gradients)
         n = -(-call.d_key // blocks["BLOCK_N"])
