@@ -33,7 +33,7 @@ def update(
     if beta is not None:
         u -= tl.sum(kept * key[None, :], axis=1)
         u *= tl.load(beta + batch * b_batch + h * b_head).to(tl.float32)
-    kept += u[:, None] * key[None, :]
+    kept = tl.fma(u[:, None], key[None, :], kept)
     tl.debug_barrier()  # all have loaded, whichever threads store
     tl.store(place, kept, mask=tile)
     tl.store(y + line * d_value + p, tl.sum(kept * query[None, :], axis=1), mask=real)
