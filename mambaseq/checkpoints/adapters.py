@@ -40,8 +40,13 @@ def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """A model's tensors with their adapters merged into the weights. scale: alpha / rank."""
     base, factors = split(tensors)
     for name, (down, up) in factors.items():
-        base[name] = base[name] + scale * (up @ down)
+        base[name] = added(base[name], down, up, scale)
     return base
+
+
+def added(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """A weight `(out, in)` with the factors `(rank, in)` and `(out, rank)` of its adapter merged into it."""
+    return weight + scale * (up @ down)
 
 
 def save_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], settings: Mapping[str, Any]) -> None:
@@ -64,16 +69,23 @@ def save_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], set
     (folder / "adapter_config.json").write_text(json_text(described, indent=2) + "\n", encoding="utf-8")
 
 
-def add_adapter(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, source: Path
-) -> dict[str, Tensor]:
-    """A model's tensors with a saved adapter merged into them.
+def saved_factors(
+    adapter: Mapping[str, Tensor], described: Mapping[str, Tensor], source: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of a saved adapter, as `split` gives them. described: the tensors of the model without it, whose
+    values are not read.
 
     Raises UserError that names the file, for an adapter that does not fit.
     """
     ours = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter.items()}
     named = {name.replace(".lora_A.weight", _A).replace(".lora_B.weight", _B): t for name, t in ours.items()}
     try:
-        return merged({**base, **named}, scale)
+        base, factors = split({**described, **named})
+        if more := sorted(base.keys() - described.keys()):
+            raise UserError(f"The model has no {more[0][:200]}. Copy or export the model again.")
+        for name, (down, up) in factors.items():
+            if (up.to("meta") @ down.to("meta")).shape != base[name].shape:
+                raise UserError(f"That of {name[:200]} has another shape. Copy or export the model again.")
     except (UserError, RuntimeError) as error:
         raise UserError(f"The adapter in {source} does not fit the model: {str(error)[:300]}") from error
+    return factors

@@ -22,17 +22,21 @@ def dtype_of(name: str | None, others: tuple[str, ...] = ()) -> torch.dtype | No
     return DTYPES[name]
 
 
+def staying(model: SequenceModel) -> set[int]:
+    """The ids of the parameters that a 16-bit dtype of the model leaves in float32: of modules that are marked
+    `stays_float32`, systems that do not change with time, whose frequencies and decays are few and are multiplied by
+    the whole length."""
+    marked = (module for module in model.modules() if getattr(module, "stays_float32", False))
+    return {id(parameter) for module in marked for parameter in module.parameters()}
+
+
 def cast_(model: SequenceModel, dtypes: Mapping[str, torch.dtype] | torch.dtype) -> None:
     """Turn parameters into a dtype, or into those under their names, in place; float64 becomes float32, and what has no
     name here stays. Tied ones stay tied. States accumulate in float32 whatever the parameters are.
 
-    For one dtype modules that are marked `stays_float32` are left out: systems that do not change with time, whose
-    frequencies and decays are few and are multiplied by the whole length.
+    For one dtype what is `staying` is left out.
     """
-    kept: set[int] = set()
-    if isinstance(dtypes, torch.dtype):
-        marked = (module for module in model.modules() if getattr(module, "stays_float32", False))
-        kept = {id(parameter) for module in marked for parameter in module.parameters()}
+    kept = staying(model) if isinstance(dtypes, torch.dtype) else set()
     for name, parameter in model.named_parameters():
         dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(name)
         if id(parameter) in kept:

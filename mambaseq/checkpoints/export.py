@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mambaseq.atomic import atomic_folder
-from mambaseq.checkpoints.adapters import FOLDER, add_adapter, merged, save_adapter
+from mambaseq.checkpoints.adapters import FOLDER, added, merged, save_adapter, saved_factors
 from mambaseq.checkpoints.card import ModelCard, read_card
-from mambaseq.checkpoints.dtypes import cast_, dtype_of
+from mambaseq.checkpoints.dtypes import dtype_of, staying
 from mambaseq.checkpoints.lightning_io import AVERAGE, LORA, read_checkpoint
 from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
-from mambaseq.models import SequenceModel, build_model, count_parameters
+from mambaseq.models import SequenceModel, build_empty, count_parameters
 from mambaseq.models.modules import further_names
 from mambaseq.plain import read_json
 from mambaseq.resources import located, model_folder
@@ -107,17 +107,18 @@ def assign_weights(
     described: Mapping[str, torch.Tensor],
     parts: Iterable[Mapping[str, torch.Tensor]],
     source: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | Literal["kept"] | None,
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Give a model that was made on the meta device its weights, some at a time, each copied once.
+    """Give a model whose parameters have no values yet its weights, some at a time, each copied once, to the device.
 
-    described: all of them, on the meta device. parts: all of them, each in one part, which is not used any more when
-        the next one is asked for. dtype: of all that are floating-point; None for each one's own, but float32 for
-        float64.
-    Raises what `load_weights` raises. Tensors of the model that are no weights have no values afterwards.
+    described: all of them, whose values are not read. parts: all of them, each in one part, which is not used any more
+        when the next one is asked for. dtype: of parameters that are floating-point, but what is `staying`; "kept" for
+        each one's own in the file, but float32 for float64; None for the model's.
+    Raises what `load_weights` raises. Tensors of the model that are no weights stay as they are.
     """
-    _fitting(model, model.state_dict(), dict(described), source)
-    further, places = further_names(model), _places(model)
+    _fitting(model, model.state_dict(), {name: tensor.to("meta") for name, tensor in described.items()}, source)
+    further, places, wide = further_names(model), _places(model), staying(model)
     given: dict[str, torch.nn.Parameter | torch.Tensor] = {}  # what has several names, which may all be stored
     several = {name for pair in further.items() for name in pair}
     for part in parts:
@@ -128,11 +129,16 @@ def assign_weights(
                     raise _differing(next(one for one, other in further.items() if other == first), first, source)
                 continue
             _check_finite(name, tensor, source)
-            kept = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-            made = tensor.to(dtype if dtype and tensor.is_floating_point() else kept, copy=True).contiguous()
             module, attribute = places[first][0]
             old = getattr(module, attribute)
-            new = torch.nn.Parameter(made, old.requires_grad) if isinstance(old, torch.nn.Parameter) else made
+            is_parameter = isinstance(old, torch.nn.Parameter)
+            of = old.dtype
+            if dtype == "kept":
+                of = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+            elif dtype is not None and is_parameter and old.is_floating_point() and id(old) not in wide:
+                of = dtype
+            made = tensor.to(device, of, copy=True).contiguous()
+            new = torch.nn.Parameter(made, old.requires_grad) if is_parameter else made
             if first in several:
                 given[first] = new
             for module, attribute in places[first]:
@@ -144,7 +150,9 @@ def _places(model: SequenceModel) -> dict[str, list[tuple[torch.nn.Module, str]]
     first: dict[int, str] = {}
     found: dict[str, list[tuple[torch.nn.Module, str]]] = {}
     for path, module in model.named_modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None:
+                continue
             whole = first.setdefault(id(tensor), f"{path}.{name}" if path else name)
             found.setdefault(whole, []).append((module, name))
     return found
@@ -200,7 +208,8 @@ def _fitting(
 
 
 def _check_finite(name: str, tensor: torch.Tensor, source: Path) -> None:
-    if not torch.isfinite(tensor).all():
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if values.numel() and not all(end.isfinite() for end in values.aminmax()):  # NaN is both; no copy is made
         raise UserError(
             f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "
             f"diverged, or they were damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
@@ -208,12 +217,18 @@ def _check_finite(name: str, tensor: torch.Tensor, source: Path) -> None:
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a file, or those with these names. Raises UserError when it is damaged."""
+    """All tensors of a file, or those with these names. They lie in the mapped file, which is read where they are used;
+    its memory is returned when the last of them is gone. Raises UserError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
         raise cannot_be_read(path, error) from error
+
+
+def described_in(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file on the meta device, without values. Raises UserError when it is damaged."""
+    return {name: tensor.to("meta") for name, tensor in read_safetensors(path).items()}
 
 
 def cannot_be_read(path: Path, error: Exception) -> UserError:
@@ -238,6 +253,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: str 
     dtype: of the weights, "float32", "bfloat16" or "float16"; None is float32. States accumulate in float32 in any; so
     are the weights of systems that do not change with time (S4D, S4, S5, LSSL, H3, Hyena's filters).
 
+    Weights are read one by one into the dtype and onto the device, so that no more than the model and its largest
+    tensor are in memory.
     If a run has not exported its final weights (it was interrupted, or is still training), its checkpoints are read:
     the best one if there is one, otherwise the last. Files are compared with their checksums in model.json; a model of
     an older version has none and is loaded as it is.
@@ -249,25 +266,28 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: str 
     _check_files(folder, card)
     source = folder / "model.safetensors"
     if source.is_file():
-        tensors = read_safetensors(source)
+        described = described_in(source)
+        parts = ({name: read_safetensors(source, [name])[name]} for name in described)
         if f"{FOLDER}/adapter_config.json" in card.sha256:
-            tensors = _with_adapter(tensors, folder / FOLDER)
+            parts = _with_adapter(parts, described, folder / FOLDER)
     else:
         checkpoints = folder.parent / "checkpoints"
         source = checkpoints / ("best.ckpt" if (checkpoints / "best.ckpt").is_file() else "last.ckpt")
-        checkpoint = read_checkpoint(source, tensors="weights")
-        tensors, card = task_weights(checkpoint), dataclasses.replace(card, step=checkpoint["global_step"])
-    model = _model(folder / "model.json", card, tensors, source)
-    load_weights(model, tensors, source)
-    if asked is not None:
-        cast_(model, asked)
+        checkpoint = read_checkpoint(source, tensors="weights", mapped=True)
+        described, card = task_weights(checkpoint), dataclasses.replace(card, step=checkpoint["global_step"])
+        parts = ({name: tensor} for name, tensor in described.items())
+    model = _model(folder / "model.json", card, described, source)
+    assign_weights(model, described, parts, source, asked, device)
     tokenizer = None
     if card.tokenizer is not None:
         tokenizer = _tokenizer(folder, card.tokenizer)
     return LoadedModel(model.to(device).eval(), card, tokenizer, source)
 
 
-def _with_adapter(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+def _with_adapter(
+    parts: Iterable[Mapping[str, torch.Tensor]], described: Mapping[str, torch.Tensor], folder: Path
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A model's tensors with the adapter in a folder merged into them."""
     settings = read_json(folder / "adapter_config.json")
     rank: Any = settings.get("r")
     alpha: Any = settings.get("lora_alpha")
@@ -277,16 +297,18 @@ def _with_adapter(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, t
             f"{shown(rank)} and {shown(alpha)}. Export the model again."
         )
     path = folder / "adapter_model.safetensors"
-    return add_adapter(tensors, read_safetensors(path), alpha / rank, path)
+    factors, scale = saved_factors(read_safetensors(path), described, path), alpha / rank
+    for part in parts:
+        yield {name: added(one, *factors[name], scale) if name in factors else one for name, one in part.items()}
 
 
-def _model(path: Path, card: ModelCard, tensors: dict[str, torch.Tensor], source: Path) -> SequenceModel:
-    """The model of a description. One that is far larger than the weights is refused before it takes memory."""
+def _model(path: Path, card: ModelCard, tensors: Mapping[str, torch.Tensor], source: Path) -> SequenceModel:
+    """The model of a description, without weights. One that is far larger than they are is refused first."""
     try:
         asked = count_parameters(card.spec)
         if asked > 2 * (found := sum(tensor.numel() for tensor in tensors.values())) + 2**20:
             raise ConfigError(f"It asks for {asked:,} parameters, but {source} has {found:,}. Export the model again.")
-        return build_model(card.spec)
+        return build_empty(card.spec)
     except UserError as error:
         raise UserError(f"{path} does not describe a usable model. {error}") from error
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mambaseq.checkpoints.export import cannot_be_read, read_safetensors
+from mambaseq.checkpoints.export import described_in, read_safetensors
 from mambaseq.errors import UserError, shown
 from mambaseq.limits import INDEX_BYTES, check_unpacked
 from mambaseq.plain import read_json
@@ -104,11 +103,7 @@ def _described(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the meta device."""
     if path.suffix != ".safetensors":
         return {name: tensor.to("meta") for name, tensor in _read_bin(path).items()}
-    try:
-        with safe_open(path, framework="pt") as file:  # a tensor of a mapped file is read when it is used
-            return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise cannot_be_read(path, error) from error
+    return described_in(path)
 
 
 def _check_unpacked(path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mambaseq.backbones.graphed import CudaGraph
 from mambaseq.backbones.patterns import mixer_names
@@ -83,6 +86,32 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
     model = _build(spec)
     model.spec = spec
     return model
+
+
+def build_empty(spec: dict[str, Any]) -> SequenceModel:
+    """The model of `build_model`, for whom gives it weights at once: its parameters are on the meta device, where they
+    take no memory and have no values; its buffers are whole. A model with a part that needs values of its parameters
+    while it is made is built as `build_model` does.
+
+    Raises what `build_model` raises.
+    """
+    here = threading.get_ident()
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != here:
+            return None  # as it is
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(empty)
+    try:
+        model = build_model(spec)
+        if not any(buffer.is_meta for buffer in model.buffers()):
+            return model
+    except ConfigError:  # which is raised again, unless it is about values
+        pass
+    finally:
+        handle.remove()
+    return build_model(spec)
 
 
 def count_parameters(spec: dict[str, Any]) -> int:
