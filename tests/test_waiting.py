@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mambaseq import waiting
 from mambaseq.compiled import compiling, kept_njit
+from mambaseq.ops.gpu import compiling as compiling_for_gpu
 from mambaseq.waiting import Told
 
 
@@ -80,3 +83,46 @@ def test_kernels_that_are_compiled_are_said(monkeypatch: pytest.MonkeyPatch, tmp
     assert kept_njit()(names["doubled"])(4) == 8
     until(terminal, "compiled")
     assert terminal.getvalue().count("mambaseq: kernels for the CPU are compiled") == 1
+
+
+def doubled_by_triton(x, n):
+    x += n
+
+
+def test_kernels_that_triton_compiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its own steps before and after a kernel is compiled, which takes a GPU."""
+    triton = pytest.importorskip("triton")
+    terminal = terminal_of(monkeypatch)
+    monkeypatch.setattr(waiting, "_PATIENCE", 0.2)
+    monkeypatch.setattr(compiling_for_gpu, "told", Told(compiling_for_gpu.told.what))
+    for name in ("jit_cache_hook", "jit_post_compile_hook"):
+        monkeypatch.setattr(triton.knobs.runtime, name, None)
+    compiling_for_gpu.tell_of_triton()
+    backend = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    options = SimpleNamespace(num_warps=4, num_ctas=1, num_stages=3, enable_fp_fusion=True,
+                              launch_cooperative_grid=False, extern_libs=())  # fmt: skip
+    kernel = triton.runtime.jit.JITFunction(doubled_by_triton)
+    compiled: list[float] = []
+
+    def compiles(*_: Any, **__: Any) -> str:
+        time.sleep(compiled.pop())
+        return "a kernel"
+
+    kernel.compile = compiles
+    kernel.ASTSource = lambda *_: None
+    kernel.device_caches[0] = {}, {}, backend, None, None
+    signature = {"x": "*fp32", "n": "i32"}
+    for seconds, said in ((0.0, 0), (0.5, 1), (0.5, 1)):  # from the disk; anew; once
+        compiled.append(seconds)
+        key = (("x",), (("*fp32", ""), ("i32", "")))
+        assert kernel._do_compile(key, signature, 0, {}, options, {}, False) == "a kernel"
+        assert not compiled
+        assert terminal.getvalue().count("mambaseq: kernels for the GPU are compiled") == said
+    assert compiling_for_gpu.told._inside == 0
+
+
+def test_who_listens_to_triton_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", other := lambda **_: None)
+    compiling_for_gpu.tell_of_triton()
+    assert triton.knobs.runtime.jit_cache_hook is other

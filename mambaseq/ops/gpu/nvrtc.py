@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mambaseq.atomic import atomic_file
 from mambaseq.errors import UserError
+from mambaseq.ops.gpu import compiling
 from mambaseq.resources import cache_dir, make_private, why_unsafe
-from mambaseq.waiting import Told
 
 _LARGEST = 64 * 2**20  # bytes: ours have some hundred thousand
 
@@ -50,11 +50,8 @@ def compile_to_cubin(source: str, macros: dict[str, int], architecture: str) -> 
     core: Any = importlib.import_module("cuda.core")
     defined = [(name, str(value)) for name, value in macros.items()]
     options = core.ProgramOptions(std="c++17", arch=f"sm_{architecture}", define_macro=defined or None)
-    with _compiling:
+    with compiling.told:
         return bytes(core.Program(source, "c++", options).compile("cubin").code)
-
-
-_compiling = Told("kernels for the GPU are compiled; the next run takes them from disk")
 
 
 @functools.cache

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops.eager import constant_to_compilers
+from mambaseq.ops.gpu.compiling import tell_of_triton
 
 
 @functools.cache
 def _missing() -> str | None:
-    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    tell_of_triton()
+    return None
 
 
 @constant_to_compilers
