@@ -146,7 +146,7 @@ class RunCheckpoints(Checkpoint):
                 state = checkpoint["callbacks"].get(self.state_key)
                 ours = checkpoint.get(KEY, {})
                 former = DataRecord.read(ours.get("data"))
-                processes = int(ours.get("validating") or ours.get("world_size") or 1), self._validating(trainer)
+                processes = int(ours.get("validating", 1)), self._validating(trainer)
                 score = None if state is None or state["score"] is None else float(state["score"])
                 if state is not None:
                     state = {"score": score, "results": {**state["results"]}}
@@ -330,8 +330,7 @@ class Throughput(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens, self.seconds = int(state_dict["tokens"]), float(state_dict["seconds"])
-        self._first_tokens = int(state_dict.get("first_tokens", 0))
-        self._first_seconds = float(state_dict.get("first_seconds", 0.0))
+        self._first_tokens, self._first_seconds = int(state_dict["first_tokens"]), float(state_dict["first_seconds"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._is_first = True
