@@ -354,7 +354,7 @@ def run_ssd() -> None:
         for elements in (512, 1024, 2048, 4096):
             row = {"part": "ssd", "variant": f"{str(dtype)[6:]} states, {elements} a program"}
             try:
-                gpu._LITTLE = (elements, 1)
+                gpu._OF_HEADS = elements
                 took = seconds_of(lambda state=state: gpu.ssd_update_(state, *given), 10)  # type: ignore[misc]
                 rate = 2 * state.numel() * state.element_size() / took
                 row |= {"us": took * 1e6, "gb_per_s": rate / 1e9, "of_peak": rate / best}

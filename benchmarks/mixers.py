@@ -34,6 +34,8 @@ from mambaseq.benchmarking.floors import peak
 from mambaseq.domain import catalog
 from mambaseq.mixers.mamba3 import _added_up
 from mambaseq.ops import OPS, trapezoidal_scan
+from mambaseq.ops.decoding.step import ssd_update_
+from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 from mambaseq.ops.trapezoid import step
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
@@ -241,8 +243,48 @@ def _layer(name: str, device: str) -> str:
 def updates() -> None:
     for name, rank in (("mamba3", 1), ("mamba3, rank 4", 4)):
         for dtype in (torch.float32, torch.bfloat16):
-            label = f"update {name}, {str(dtype)[6:]} states (published {PUBLISHED[name]} ms)"
-            attempted(label, functools.partial(_update, rank, dtype))
+            attempted(_label(name, dtype), functools.partial(_update, rank, dtype))
+    for name in ("mamba2", "gated_delta", "kda"):
+        for dtype in (torch.float32, torch.bfloat16):
+            attempted(_label(name, dtype), functools.partial(_other_update, name, dtype))
+
+
+def _label(name: str, dtype: torch.dtype) -> str:
+    beside = f" (published {PUBLISHED[name]} ms)" if name in PUBLISHED else ""
+    return f"update {name}, {str(dtype)[6:]} states{beside}"
+
+
+def _other_update(name: str, dtype: torch.dtype) -> str:
+    """Of the states that the mixer has at that width."""
+    shape = mixer_of(name, "cuda").init_state(BATCH).tensors()["ssm" if name == "mamba2" else "kv"].shape
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    batch, heads, rows, columns = shape
+    a, b = (F.normalize(normal(batch, 1 if name == "mamba2" else heads, columns), dim=-1).bfloat16() for _ in range(2))
+    x, rate = normal(batch, heads, rows).bfloat16(), normal(batch, heads).sigmoid()
+    decay = -normal(batch, heads, *((columns,) if name == "kda" else ())).abs()
+    given: tuple[Any, ...] = (a, b, x, decay, rate)
+    update: Callable[..., Tensor] = delta_rule_update_
+    if name == "mamba2":
+        given, update = (x, rate, decay[0], a, b), ssd_update_
+    by_row = [value.ndim > 1 for value in given]  # all but Mamba-2's A
+    state = normal(*shape).to(dtype)
+    exact, kept = state[:2].double(), state[:2].clone()
+    few = [value[:2] if rows else value for value, rows in zip(given, by_row, strict=True)]
+    expected = update(exact, *(value.double() for value in few))
+    y = update(kept, *few)
+    return _told_update(lambda: update(state, *given), state, (y, expected), (kept, exact))
+
+
+def _told_update(run: Callable[[], Any], state: Tensor, *pairs: tuple[Tensor, Tensor]) -> str:
+    errors = " ".join(f"{relative_rms_error(a, e):.1e}" for a, e in pairs)
+    took = milliseconds(run)
+    floor = 1e3 * 2 * state.numel() * state.element_size() / peak(torch.device("cuda")).bytes_per_s
+    shape = " x ".join(map(str, state.shape))
+    return f"{shape}: {took:.3f} ms, {floor / took:.0%} of the memory's speed, errors {errors}"
 
 
 def _update(rank: int, dtype: torch.dtype) -> str:
@@ -258,10 +300,7 @@ def _update(rank: int, dtype: torch.dtype) -> str:
     exact, kept = state[:2].double(), state[:2].clone()
     expected = step.trapezoidal_update_(exact, *(v[:2].double() for v in given))
     y = step.trapezoidal_update_(kept, *(v[:2] for v in given))
-    errors = relative_rms_error(y, expected), relative_rms_error(kept, exact)
-    took = milliseconds(lambda: step.trapezoidal_update_(state, *given))
-    floor = 1e3 * 2 * state.numel() * state.element_size() / peak(torch.device("cuda")).bytes_per_s
-    return f"{took:.3f} ms, {floor / took:.0%} of the memory's speed, errors {errors[0]:.1e} {errors[1]:.1e}"
+    return _told_update(lambda: step.trapezoidal_update_(state, *given), state, (y, expected), (kept, exact))
 
 
 def steps(device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,9 +25,20 @@ class Arguments(argparse.ArgumentParser):
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Like argparse's."""
+        """Like argparse's, but an empty name of a file or folder is refused: it would be the folder one stands in."""
         self._given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
+        parsed, left = super().parse_known_args(args, namespace)
+        if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in self._given):
+            self._check_not_empty(parsed)
+        return parsed, left
+
+    def _check_not_empty(self, parsed: argparse.Namespace) -> None:
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            values = value if isinstance(value, list) else [value]
+            if _PLACE.search(str(action.metavar or action.dest)) and any(one in ("", Path()) for one in values):
+                named = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+                raise ConfigError(f"{named} is empty. Give a name; a variable of the shell that is not set is empty.")
 
     def _refuse(self, left: list[str]) -> NoReturn:
         options = [text.partition("=")[0] for text in left if text.startswith("-") and text.strip("-")]
@@ -45,6 +57,10 @@ class Arguments(argparse.ArgumentParser):
                     message = f"there is no option {cut(word)}.{near}"
         stop = "" if message.endswith("?") else "."
         raise ConfigError(f"{message.rstrip('.')}{stop} `{self.prog} --help` lists the options.")
+
+
+# metavars, or names of options without one, of files and folders
+_PLACE = re.compile("RUN|FILE|FOLDER|DIR|INPUT|CONFIG|VARIANTS|FASTA|SWEEP|PAGE|MODEL|^(config|out|plan)$")
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:

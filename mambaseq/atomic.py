@@ -142,6 +142,11 @@ def settle(path: str | Path) -> Path:
     return path
 
 
+def _is_or_becomes(file: Path, path: Path) -> bool:
+    """Whether a file is the one at `path`, or an unfinished copy of it."""
+    return file.parent == path.parent and (file.name == path.name or file.name.startswith(f".{path.name}."))
+
+
 def write_failed(path: Path, error: BaseException) -> UserError | None:
     """The message for a failed write to `path`; None if the error is not about that place.
 
@@ -157,7 +162,9 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
             f"The disk is full (or a quota reached): {path} could not be written. The earlier file, if any, is "
             "untouched, and the unfinished copy was removed. Free some space, or choose another place."
         )
-    if number in _DENIED:
+    # where the folder is there, and no file can be made in it (/proc)
+    unmade = number == errno.ENOENT and isinstance(named, str) and _is_or_becomes(Path(named), path)
+    if number in _DENIED or unmade:
         return UserError(
             f"{path} cannot be written: {os.strerror(number)}. Choose another place, or change the "
             f"permissions of {path.parent}."

@@ -185,6 +185,14 @@ def check_json(path: str | Path | None, option: str = "--out") -> None:
         )
 
 
+def check_picture(path: str | Path | None, option: str = "--picture") -> None:
+    """The same for a picture, which is written as PNG."""
+    if path is not None and Path(path).suffix.lower() not in ("", ".png") and not is_stream(path):
+        raise ConfigError(
+            f"A picture is written as .png, not as {cut(Path(path).name)}. Give another name with {option}."
+        )
+
+
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 

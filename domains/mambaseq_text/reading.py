@@ -132,7 +132,7 @@ def read_text(
                     break
                 where, text, more = found
                 count += 1
-                record = Record(name=where, ids=tokenizer.encode(text), source=name, fields=more)
+                record = Record(name=where, ids=_encoded(tokenizer, text, where), source=name, fields=more)
             except ConfigError:
                 raise
             except UserError as error:
@@ -143,6 +143,15 @@ def read_text(
             yield record
         if not count:
             refuse(DataError(f"{name} holds no document. Put text into it, or name another file."))
+
+
+def _encoded(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
+    try:
+        return tokenizer.encode(text)
+    except ConfigError:
+        raise
+    except UserError as error:
+        raise DataError(f"{where}: {error}").at(where) from error
 
 
 def _record_names(files: Sequence[str], given: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mambaseq.arguments import Arguments
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.importing import uncollected
+from mambaseq.outputs import check_picture
 
 BENCHES = {
     "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
@@ -55,9 +56,7 @@ def run(argv: list[str], command: str) -> int:
         raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is for decode, not for {arguments.bench}.")
     if "only" in given:
         given["only"] = [name.strip() for name in given["only"].split(",") if name.strip()]
-    if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture writes PNG files; {arguments.picture} does not end in .png.")
-
+    check_picture(arguments.picture)
     with uncollected(for_good=True):
         from mambaseq.benchmarking.running import run as run_bench
         from mambaseq.runs.devices import choose_device

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambaseq.arguments import Arguments
+from mambaseq.outputs import check_picture
 
 if TYPE_CHECKING:
     from mambaseq.reporting.comparison import Runs
@@ -32,6 +33,7 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--picture", metavar="FILE.png", help="draw a metric of all runs over steps, tokens and time")
     parser.add_argument("--curve", default="val/loss", metavar="METRIC", help="the metric to draw (default: val/loss)")
     arguments = parser.parse_args(argv)
+    check_picture(arguments.picture)
     from mambaseq.reporting.comparison import column_named, compare, curves, ordered, write_csv, write_json
     from mambaseq.reporting.pictures import save_png
 

@@ -209,9 +209,9 @@ def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
     named = ", ".join(map(str, inputs[:5])) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
     why = [f"{count:,} {note}" for note, count in list(rows.notes.items())[:5]]
     why += [f"{len(bad):,} bad, the first: {bad[0]}"] if bad else []
+    remedy = "Give longer records." if rows.notes else "Mend what there is, or give something else."
     raise DataError(
-        f"Nothing in {named} can be predicted on ({'; '.join(why) or 'no record'}); nothing was written. Give longer "
-        f"records."
+        f"Nothing in {named} can be predicted on ({'; '.join(why) or 'no record'}); nothing was written. {remedy}"
     )
 
 

@@ -200,6 +200,11 @@ def ids_of(
         )
     if prompt is None:
         return [Prompt(np.asarray(card.start_ids, dtype=np.int64), conditions.each or [None])]
+    if not prompt:
+        raise ConfigError(
+            "--prompt is empty, and a prompt has at least one token. Leave it out to begin without one; a variable of "
+            "the shell that is not set is empty."
+        )
     assert loaded.tokenizer is not None
     _check_is_no_file(loaded, prompt)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -231,7 +232,13 @@ def test_configurations_are_trained(config: str, sounds: list[list[str]], tmp_pa
     assert saved["backbone"] == {**parse_config(config, []).settings["model"]["backbone"], "n_layers": 1}
 
 
-def test_sc09_on_made_clips(tmp_path: Path) -> None:
+def run_on_the_page(begin: str, folder: Path) -> None:
+    """Run the lines of the page from one on, up to an empty one."""
+    (lines,) = re.findall(rf"^    {re.escape(begin)}\n(?:    .*\n)*", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    subprocess.run(["bash", "-euc", textwrap.dedent(lines)], cwd=folder, check=True)
+
+
+def test_sc09_on_made_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, word in enumerate((*sc09.WORDS, "bed")):
         for speaker in range(3):
             write(tmp_path / "sc09" / word / f"a{speaker}_nohash_0.wav", 3 * number + speaker)  # stems in many folders
@@ -245,11 +252,12 @@ def test_sc09_on_made_clips(tmp_path: Path) -> None:
     assert {path.parent.name for part in found for path in part} == set(sc09.WORDS)
     with pytest.raises(DataError, match="not the published SC09: 10 train clips instead of 31,158"):
         sc09.clips(folder, whole=True)
-    for name in sc09.LISTS.values():  # the configuration's own lists have the ten words alone
-        lines = (folder / name).read_text().splitlines()
-        (tmp_path / name).write_text("\n".join(line for line in lines if not line.startswith("bed")))
-    lists = [f"--data.{split}_list={tmp_path / name}" for split, name in sc09.LISTS.items()]
-    data = parse_config("audio/sc09", [f"--data.files={folder}/[!b]*/*.wav", *lists]).make_data()
+    (tmp_path / "speech_commands").symlink_to(folder)
+    run_on_the_page("mkdir -p DATA/sc09", tmp_path)  # the ten words alone
+    assert {path.name for path in (tmp_path / "DATA" / "sc09").iterdir()} == {*sc09.WORDS, *sc09.LISTS.values()}
+    assert sc09.clips(tmp_path / "DATA" / "sc09", whole=False).test[0].name == found.test[0].name
+    monkeypatch.chdir(tmp_path / "DATA")
+    data = parse_config("audio/sc09", []).make_data()
     data.setup()
     assert (data.n_conditions, len(data.train()), len(data.validation()), len(data.test())) == (0, 10, 10, 10)
     lines = ["Mamba, 6.1 M", "S4+MLP, MHA+MLP in the center", "Mamba, Mamba in the center"]
@@ -272,18 +280,19 @@ def test_sc09_on_made_clips(tmp_path: Path) -> None:
         sc09.clips(folder, whole=False)
 
 
-def test_youtubemix_on_made_recordings(tmp_path: Path) -> None:
+def test_youtubemix_on_made_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         write(tmp_path / "youtubemix" / f"out{number}.wav", number)
     parts = youtubemix.splits(tmp_path / "youtubemix")
     assert [[path.name for path in part] for part in parts[1:]] == [["out17.wav"], ["out18.wav", "out19.wav"]]
     assert [path.name for path in parts[0]] == [f"out{number}.wav" for number in range(17)]  # 10 comes after 9
-    table = [
-        f"{path.name},{split}" for split, part in zip(("train", "val", "test"), parts, strict=True) for path in part
-    ]
-    manifest = tmp_path / "youtubemix" / "split.csv"
-    manifest.write_text("file,split\n" + "\n".join(table))
-    data = parse_config("audio/youtubemix", [f"--data.files={manifest}", "--data.length=100"]).make_data()
+    names = ("train", "validation", "test")
+    table = [f"{path.name},{split}\n" for split, part in zip(names, parts, strict=True) for path in part]
+    (tmp_path / "DATA").symlink_to(tmp_path)
+    run_on_the_page("cd DATA", tmp_path)
+    assert (tmp_path / "youtubemix" / "split.csv").read_text() == "".join(["file,split\n", *table])
+    monkeypatch.chdir(tmp_path)
+    data = parse_config("audio/youtubemix", ["--data.length=100"]).make_data()
     assert [len(data.validation()), len(data.test())] == [3, 6]
     one, other = "Mamba, 3.5 M", youtubemix.RIGHT[2].name
     tables = youtubemix.run(context(tmp_path, one, other, "64"))

@@ -70,6 +70,12 @@ def test_a_recording_is_continued_drawn_and_made_again(tmp_path: Path) -> None:
     assert not (tmp_path / "c.wav").exists()
 
 
+def test_a_place_where_no_file_can_be_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["generate", "--checkpoint", str(speaker(tmp_path / "m")), "-n", "5", "--device", "cpu", "--out"]
+    assert main([*argv, "/proc/x.wav"]) == 2
+    assert "/proc/x.wav cannot be written: No such file or directory." in capsys.readouterr().err
+
+
 def test_all_prompts_that_cannot_be_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, folder = speaker(tmp_path / "m"), tmp_path / "prompts"
     folder.mkdir()

@@ -57,7 +57,7 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--seed", str(2**70)], "--seed must be"),
         (["--device", "nope"], "device 'nope' cannot be used"),
         (["--temperature", "-1"], "temperature must be a finite number of at least 0, not -1"),
-        (["--prompt", ""], "at least one token"),
+        (["--prompt", ""], "--prompt is empty, and a prompt has at least one token"),
         (["--prompt", "a\udcff"], "no text that this model's tokenizer reads"),  # a byte of no text
         (["--condition", "7"], "not conditional"),
         (["--temperature", "nan"], "temperature must be a finite number of at least 0, not nan"),

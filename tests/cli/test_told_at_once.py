@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ WORDS = [
     ("generate --checkpoint runs/dna-demo --condition-table p.csv", "There is no file 'p.csv' (--condition-table)"),
     ("generate --checkpoint runs/dna-demo --from-state p.safetensors", "no file 'p.safetensors' (--from-state)"),
     ("generate --repeat x.json --out x.wav", "There is no file 'x.json' (--repeat)"),
+    ("runs runs --picture x.jpg", "A picture is written as .png, not as x.jpg"),
+    ("bench decode --picture x.jpg", "A picture is written as .png, not as x.jpg"),
     # keys and names in files
     ("fit --config length.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
     ("fit --config inner.yaml", "there is no key 'data.init_args.batchsize'. Under data there is cache, "),
@@ -92,6 +95,21 @@ WORDS = [
     ("data audit length.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
     ("sweep sweep.yaml", "sweep.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
     ("sweep swept.yaml", "length.yaml: there is no key 'data.lenght'. Did you mean 'data.length'?"),
+    # empty ones, of variables of the shell that are not set
+    ("predict --checkpoint '' x.txt --out o.csv", "--checkpoint is empty. Give a name"),
+    ("predict --checkpoint= x.txt --out o.csv", "--checkpoint is empty."),
+    ("predict --checkpoint runs/dna-demo broken.yaml '' --out o.csv", "INPUT is empty."),
+    ("predict --checkpoint runs/dna-demo broken.yaml --out ''", "--out is empty."),
+    ("generate --checkpoint runs/dna-demo --out ''", "--out is empty."),
+    ("generate --checkpoint runs/dna-demo --draft=", "--draft is empty."),
+    ("fit --config ''", "--config is empty."),
+    ("fit --config dna/demo --out ''", "--out is empty."),
+    ("fit --resume ''", "--resume is empty."),
+    ("test --checkpoint ''", "--checkpoint is empty."),
+    ("sweep ''", "SWEEP.yaml is empty."),
+    ("data audit ''", "CONFIG is empty."),
+    ("runs ''", "FOLDER is empty."),
+    ("audio/compare runs/dna-demo --out ''", "--out is empty."),
     # options
     ("fit --confg dna/demo", "there is no key or option '--confg'", "Did you mean '--config'?"),
     ("generate --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
@@ -154,7 +172,7 @@ for name in ("torch", "pandas", "transformers", "scipy"):
     sys.modules[name] = None  # its import fails
 from mambaseq.cli.main import main
 found = []
-for words in {[one[0].split() for one in WORDS]!r}:
+for words in {[shlex.split(one[0]) for one in WORDS]!r}:
     with contextlib.redirect_stderr(io.StringIO()) as error:
         found.append((main(words), error.getvalue()))
 print(json.dumps(found))

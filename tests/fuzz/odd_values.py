@@ -74,12 +74,27 @@ class Pair:
 
 
 def names_of_configs() -> list[str]:
-    """Those whose data are here."""
+    """Those whose data are here: with the project, or fetched."""
     from mambaseq.domain import catalog
     from mambaseq.resources import find
+    from mambaseq.runs.settings import read_settings
 
     shipped = [entry for entry in catalog()["configs"] if entry.target.startswith("mambaseq:")]
-    return sorted(entry.name for entry in shipped if "fetched:" not in find(entry.target).read_text(encoding="utf-8"))
+    return sorted(entry.name for entry in shipped if _are_here(read_settings(find(entry.target))["data"]))
+
+
+def _are_here(data: dict[str, Any]) -> bool:
+    """Whether all files are there that the settings of a dataset name."""
+    from mambaseq.data.cache import locate
+    from mambaseq.errors import DataError
+    from mambaseq.plain import flatten
+
+    values = [value for key, value in flatten(data).items() if key != "name"]
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    try:
+        return all(locate(text) for text in texts if isinstance(text, str) and "/" in text)
+    except DataError:
+        return False
 
 
 @functools.lru_cache
@@ -89,6 +104,7 @@ def small(config: str) -> dict[str, Any]:
     from mambaseq.runs.settings import read_settings
 
     raw = read_settings(resolve_config(config))
+    raw.pop("finetune", None)  # whose weights have another size
     for key, value in {**SMALL, **LENGTHS.get(raw["data"]["name"], {"data.length": 96})}.items():
         raw = written(raw, key, value)
     return raw

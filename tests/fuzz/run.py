@@ -160,7 +160,12 @@ class Worker:
             environment.setdefault("NUMBA_CACHE_DIR", str(self.scratch.parent / "numba"))
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         if self._line(STARTS) != "ready":
-            raise SystemExit(f"a worker cannot start; see {self.scratch / 'log'}")
+            raise SystemExit(f"a worker cannot start: {self._said()}")  # the log may go with its folder
+
+    def _said(self) -> str:
+        """The end of the worker's log."""
+        log = self.scratch / "log"
+        return log.read_bytes()[-1500:].decode(errors="replace") if log.is_file() else "it wrote no log"
 
     def _line(self, patience: float) -> str | None:
         assert self.process.stdout is not None
@@ -176,7 +181,7 @@ class Worker:
             return json.loads(line)
         self.process.kill()
         code = self.process.wait()
-        said = (self.scratch / "log").read_bytes()[-1500:].decode(errors="replace")
+        said = self._said()
         kind, group = ("hang", "no answer") if line is None else ("died", f"the process ended with {code}")
         self.start()
         return {

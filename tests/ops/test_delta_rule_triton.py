@@ -94,6 +94,30 @@ def test_kernels_with_a_decay_a_channel() -> None:
     assert_near(first_head(made)._replace(initial_state=None, reverse=True), torch.bfloat16, PLACE)
 
 
+@pytest.mark.parametrize("channels", [False, True])
+def test_kernels_walk_parts_of_long_sequences_at_once(channels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sequences with fewer chunks than parts, of none, and of several."""
+    parts = []
+
+    def three(*_: object) -> int:
+        parts.append(3)
+        return 3
+
+    monkeypatch.setattr(gpu, "_parts", three)
+    made = sized("parts", 1, 330, 1, 20, 24, 0, 0, 40, 330, channels=channels)
+    assert_near(made._replace(reverse=channels), torch.bfloat16, PLACE)
+    assert len(parts) >= 3  # the forward pass, states again, the backward pass
+
+
+def test_kernels_walk_in_parts_where_they_have_nothing_else_to_do() -> None:
+    device = torch.device("cpu")
+    assert gpu._parts(device, 1, 8, 10_000) == 1
+    if torch.cuda.is_available():
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        assert gpu._parts(torch.device("cuda", 0), 48, 4, 1024) == 2 * processors // 48 + 1
+        assert gpu._parts(torch.device("cuda", 0), processors, 8, 1024) == 1
+
+
 def test_kernels_compile_in_one_graph() -> None:
     made = moved(as_dtype(sized("compiled", 1, 5, 1, 5, 3), torch.bfloat16), PLACE)
 

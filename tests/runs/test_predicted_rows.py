@@ -419,7 +419,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         ("/dev/full", "disk is full"),
         ("/proc/nothing/o.csv", "cannot be written"),
         (str(tmp_path), "is a folder"),
-        ("", "is not a file name"),
+        ("", "--out is empty"),
+        ("/proc/o.csv", "cannot be written"),
         ("a\0b", "is not a file name"),
         ("n" * 300, "too long for a file's name"),
         (str(source / "o.csv"), "cannot be written"),
@@ -427,6 +428,16 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         command = ["predict", "--checkpoint", str(model), str(source), "--out", out, "--device", "cpu"]
         assert main(command) == 2
         assert message in told(capsys)[0]
+
+
+def test_only_bad_inputs_are_to_be_mended(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, bad = classifier(tmp_path / "m"), tmp_path / "bad.fa"
+    bad.write_text(">a\nMKVLW\n")
+    argv = ["predict", "--checkpoint", str(model), "--out", str(tmp_path / "o.csv"), "--device", "cpu", "--skip-bad"]
+    assert main([*argv, str(bad)]) == 2
+    assert told(capsys)[0].rstrip().endswith("nothing was written. Mend what there is, or give something else.")
+    assert main([*argv, str(bad), "--reader", "text/text"]) == 2
+    assert "bad.fa: The letter '>' at position 1 is not a base." in told(capsys)[0]
 
 
 def test_inputs_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -42,6 +42,7 @@ TABLE_14 = tuple(
     for pieces, batch in ((4, 128), (8, 64), (15, 32), (30, 16), (59, 8), (117, 4), (234, 2), (468, 1))
 )
 LENGTHS_10 = tuple(Rung(2**k, 2 ** (20 - k)) for k in range(11, 19))
+SMALL = (Rung(512, 4), Rung(1024, 2))  # a million samples a step take a CPU minutes
 TINY = (Rung(64, 2), Rung(128, 1))
 
 
@@ -63,8 +64,7 @@ def _check_hours(folder: Path, *parts: Sounds) -> None:
 
 
 def run(context: Context) -> list[Table]:
-    sevenths = context.at(full=TABLE_14, small=TABLE_14[:2], tiny=TINY)
-    tenths = context.at(full=LENGTHS_10, small=LENGTHS_10[:2], tiny=TINY)
+    sevenths, tenths = (context.at(full=rungs, small=SMALL, tiny=TINY) for rungs in (TABLE_14, LENGTHS_10))
     groups = (
         ("YouTubeMix: Figure 7", FIGURE_7, sevenths),
         ("YouTubeMix: Figure 10, left: blocks everywhere", LEFT, tenths),
@@ -83,7 +83,7 @@ def run(context: Context) -> list[Table]:
     tables: list[Table] = []
     for title, group, rungs in groups:
         some = [rung for rung in rungs if str(rung.length) in asked]
-        ladder = Ladder(train_on, test_on, some, context.at(full=None, small=50, tiny=2), drop_last=True)
+        ladder = Ladder(train_on, test_on, some, context.at(full=None, small=20, tiny=2), drop_last=True)
         lines = [line(context, variant, ladder) for variant in group if variant.name in wanted and some]
         if lines:
             tables.append(Table(title, _about(group[0].config, ladder), columns(some), lines))

@@ -310,7 +310,7 @@ def ssd_update(
         rate = -tl.exp(rate)
     b = tl.load(B + row * B_stride + group * B_group_stride + n, mask=real, other=0.0).to(tl.float32)
     read = tl.load(C + row * C_stride + group * C_group_stride + n, mask=real, other=0.0).to(tl.float32)
-    h = tl.exp(delta * rate) * h + (delta * u)[:, None] * b[None, :]
+    h = tl.fma(tl.exp(delta * rate), h, (delta * u)[:, None] * b[None, :])
     out = tl.sum(h * read[None, :], axis=1)
     if HAS_D:
         out += tl.load(D + head).to(tl.float32) * u

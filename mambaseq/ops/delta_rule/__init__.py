@@ -86,13 +86,15 @@ def delta_rule_update_(
 ) -> Tensor:
     """One step of `delta_rule`; changes state `(batch, heads, d_value, d_key)`, float32 or bfloat16, in place.
 
-    Without gradients it is one kernel on CPU with a float32 state.
+    Without gradients it is one kernel on a GPU, and on a CPU with a float32 state.
 
     q, k `(batch, key heads, d_key)`, v `(batch, heads, d_value)`, g `(batch, heads)` or `(batch, heads, d_key)`, beta
     `(batch, heads)`. Returns y, the shape and dtype of v.
     """
     if step.can_run_on_cpu(state, q, k, v, g, beta):
         return step.update_on_cpu_(state, q, k, v, g, beta)
+    if step.can_run_on_gpu(state, q, k, v, g, beta):
+        return step.update_on_gpu_(state, q, k, v, g, beta)
     if state.dtype == torch.bfloat16:  # computed in float32, rounded when it is written
         kept = state.float()
         y = delta_rule_update_(kept, q, k, v, g, beta)

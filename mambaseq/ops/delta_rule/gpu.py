@@ -22,6 +22,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _MOST = 256  # channels of a key
 _SIZE = 64  # positions of a chunk
 _LONGEST = 2**30  # row: positions are counted in 32 bits
+_FEWEST = 16  # chunks of a part
+_WARPS = 8  # of walks, whose registers a processor has
 
 
 class Given(NamedTuple):
@@ -75,6 +77,14 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
         gradients=Shape(8, 1, 64 // wide, 128 // wide),
         of_channels=Shape(8, 1, 64 // wide, 32),
     )
+
+
+def _parts(device: torch.device, programs: int, warps: int, chunks: int) -> int:
+    """How many parts a sequence of so many chunks is walked in, where a walk of one part for its map takes so many
+    programs. All parts but one are walked twice."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    parts = min(processors * _WARPS // warps // programs + 1, chunks // _FEWEST)
+    return parts if parts > 2 else 1
 
 
 def why_not(arguments: DeltaArguments) -> str | None:
@@ -166,23 +176,54 @@ class _Call:
         return {**self.sizes, "BLOCK_P": rows, "BLOCK_N": columns,
                 "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
 
-    def ends(self) -> Tensor:
-        """Room for the states at the ends."""
-        shape = (self.n_sequences, self.heads, self.d_value, self.d_key)
-        return torch.empty(shape, dtype=torch.float32, device=self.v.device)
-
-    def walk(self, end: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The states before each chunk, and what is written."""
+    def walk(self, wants_end: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The states before each chunk, what is written, and the final state."""
         states = self.empty(self.d_value, self.d_key, dtype=self.kept_dtype)
         written = self.empty(self.d_value, _SIZE, dtype=self.kept_dtype)
-        initial, blocks = self.given.initial_state, self.blocks(self.plan.walk)
-        self.kernels.walk[(self.n_sequences * self.heads * -(-self.d_value // blocks["BLOCK_P"]),)](
-            *self.down_k, self.up, self.v, *self.v.stride()[:3], *self.rates[4:],
-            self.total, self.inverse, self.table, self.bounds, self.n_sequences, *self.place,
-            None if initial is None else initial.contiguous(), end, states, written, self.heads, self.heads_of_key,
-            **blocks,
+        tensors = (
+            *self.down_k, self.up, self.v, *self.v.stride()[:3], *self.rates[4:], self.total, self.inverse
         )  # fmt: skip
-        return states, written
+        kept = (states, written)
+        end = self.through(self.kernels.walk, self.plan.walk, tensors, self.given.initial_state, wants_end, kept)
+        return states, written, end
+
+    def through(
+        self,
+        kernel: Any,
+        shape: Shape,
+        tensors: tuple[Any, ...],
+        start: Tensor | None,
+        wants_end: bool,
+        kept: tuple[Tensor, Tensor],
+    ) -> Tensor | None:
+        """Take states through all chunks by a walk; returns those at the ends. Long sequences that are few are walked
+        in parts at once, after a walk that finds what each makes of a state."""
+        blocks = self.blocks(shape)
+        programs = self.n_sequences * self.heads
+        rows, both = (-(-n // blocks["BLOCK_P"]) for n in (self.d_value, self.d_value + self.d_key))
+        parts = _parts(self.v.device, programs * both, shape.warps, self.chunks // self.n_sequences)
+
+        def launch(n: int, start: Tensor | None, end: Tensor | None, kept: tuple[Any, Any], **sizes: Any) -> None:
+            kernel[(n,)](
+                *tensors, self.table, self.bounds, self.n_sequences, *self.place, start, end, *kept, self.heads,
+                self.heads_of_key, PARTS=parts, **sizes, **blocks,
+            )  # fmt: skip
+
+        def room(*size: int) -> Tensor:
+            return torch.empty(*size, self.d_key, dtype=torch.float32, device=self.v.device)
+
+        shape_of_ends = (self.n_sequences, self.heads, self.d_value)
+        starts = None if start is None else start.contiguous()
+        if parts > 1:
+            maps = room(parts - 1, programs, self.d_value + self.d_key)
+            launch((parts - 1) * programs * both, None, maps, (None, None), MAPS=True)
+            starts = room(parts, programs, self.d_value)
+            starts[0] = 0 if start is None else start.flatten(0, 1)
+            for before, after, of in zip(starts, starts[1:], maps, strict=False):
+                torch.baddbmm(of[:, : self.d_value], before, of[:, self.d_value :], out=after)
+        end = room(parts, *shape_of_ends) if wants_end else None
+        launch(parts * programs * rows, starts, end, kept, MAPS=False)
+        return None if end is None else end[-1]
 
 
 def _strided(value: Tensor | None) -> tuple[Any, ...]:
@@ -200,8 +241,7 @@ def forward_into(a: Given) -> tuple[Tensor, Tensor | None]:
     """y and the final state (None if it is not wanted), without autograd; of what `why_not` is None for."""
     with portable.on(a.v):
         call = _Call(a)
-        final = call.ends() if a.wants_final_state else None
-        states, written = call.walk(final)
+        states, written, final = call.walk(a.wants_final_state)
         y = torch.empty(a.v.shape, dtype=a.v.dtype, device=a.v.device)
         blocks = call.blocks(call.plan.output)
         call.kernels.output[(call.chunks, call.heads, -(-call.d_value // blocks["BLOCK_P"]))](
@@ -219,17 +259,13 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
     kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_backward")
     with portable.on(a.v):
         call = _Call(a)
-        states, written = call.walk(None)
+        states, written, _ = call.walk(False)
         dy = dual._rows(dy.to(a.v.dtype))
         left, errors = torch.empty_like(states), torch.empty_like(written)
-        dinitial = None if a.initial_state is None else call.ends()
-        blocks = call.blocks(call.plan.walk_back)
-        kernels.walk_back[(call.n_sequences * call.heads * -(-call.d_value // blocks["BLOCK_P"]),)](
-            *call.down_q, *call.down_k, call.up, dy, *dy.stride()[:3], *call.rates[4:],
-            call.total, call.scores, call.inverse,
-            call.table, call.bounds, call.n_sequences, *call.place, None if dfinal is None else dfinal.contiguous(),
-            dinitial, left, errors, call.heads, call.heads_of_key, **blocks,
-        )  # fmt: skip
+        walked = (*call.down_q, *call.down_k, call.up, dy, *dy.stride()[:3], *call.rates[4:],
+                   call.total, call.scores, call.inverse)  # fmt: skip
+        wants = a.initial_state is not None
+        dinitial = call.through(kernels.walk_back, call.plan.walk_back, walked, dfinal, wants, (left, errors))
 
         blocks = call.blocks(call.plan.of_channels if call.channels else call.plan.gradients)
         n = -(-call.d_key // blocks["BLOCK_N"])

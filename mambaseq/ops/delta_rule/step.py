@@ -1,4 +1,4 @@
-"""One step of the gated delta rule on CPU: a kernel by Numba, where nobody differentiates."""
+"""One step of the gated delta rule where nobody differentiates: a kernel by Numba on a CPU, by Triton on GPUs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops.cpu.flat import flat, scratch
+from mambaseq.ops.decoding import gpu as step_gpu
 from mambaseq.ops.eager import is_eager
+from mambaseq.ops.gpu import portable
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel reads; it computes in float32
+# Numbers of the state that a program holds on a GPU, and its warps: the same for any batch, so that sums are rounded
+# alike.
+_ELEMENTS, _WARPS = 2048, 4
 
 
 def can_run_on_cpu(state: Tensor, *values: Tensor | None) -> bool:
@@ -37,3 +42,43 @@ def update_on_cpu_(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | N
         scratch(3 * k.shape[2]),
     )  # fmt: skip
     return y.to(v.dtype)
+
+
+def can_run_on_gpu(state: Tensor, *values: Tensor | None) -> bool:
+    """Whether the GPU's kernel can run: a contiguous state in fp32 or bf16, which nobody differentiates."""
+    return not state.is_complex() and step_gpu.can_run(state, *values) and step_gpu.can_update(state)
+
+
+def update_on_gpu_(state: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
+    """See `delta_rule_update_`; of what `can_run_on_gpu`."""
+    batch, heads, d_value, d_key = state.shape
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if y.numel() == 0:
+        return y
+    q, k, v = (value if value.stride(2) == 1 else value.contiguous() for value in (q, k, v))
+    if g is not None and g.ndim == 3 and g.stride(2) != 1:
+        g = g.contiguous()
+    keys = step_gpu.power_of_two(d_key)
+    rows = max(1, min(step_gpu.power_of_two(d_value), _ELEMENTS // keys))
+    kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_step")
+    with portable.on(state):
+        kernels.update[(batch * heads * -(-d_value // rows),)](
+            state,
+            *(part for value in (q, k, v, g, beta) for part in (value, *_first_strides(value))),
+            y,
+            heads,
+            heads // k.shape[1],
+            d_value,
+            D_KEY=d_key,
+            CHANNELS=g is not None and g.ndim == 3,
+            KEYS=keys,
+            ROWS=rows,
+            num_warps=_WARPS,
+            # threads that hold the same sum would each round it in their own way, and any of them may write it
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def _first_strides(value: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if value is None else (value.stride(0), value.stride(1))

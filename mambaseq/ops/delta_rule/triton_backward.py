@@ -21,6 +21,7 @@ from mambaseq.ops.delta_rule.triton_kernels import (
     _columns,
     _decay,
     _dot,
+    _first,
     _kept,
     _made,
     _rows,
@@ -35,28 +36,28 @@ def walk_back(
     beta, b_batch, b_row, b_head, total, scores, inverse, table, bounds, sequences, chunks, chunks_of_row, length,
     start, end, left, errors, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, PARTS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
     """dS' of each chunk (`left`), and Z as (chunks, heads, d_value, SIZE) (`errors`); see `walk`. `start` and `end` are
-    the gradients of the final and of the initial states. With a decay a channel q is Q↓ there."""
+    the gradients of the final and of the initial states, parts are counted from the last. With a decay a channel q is
+    Q↓ there."""
     OPERAND: tl.constexpr = dy.dtype.element_ty
+    ROWS: tl.constexpr = P + N if MAPS else P
     tile = tl.program_id(0)
-    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = (ROWS + BLOCK_P - 1) // BLOCK_P
     line = tile // blocks
     h = line % heads
     s = line // heads
     p = (tile % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     i = tl.arange(0, SIZE)
-    STATE: tl.constexpr = P * N
+    STATE: tl.constexpr = ROWS * N
     at = p[:, None] * N + n[None, :]
-    inside = (p < P)[:, None] & (n < N)[None, :]
+    inside = (p < ROWS)[:, None] & (n < N)[None, :]
     row = -i if REVERSE else i
     group = h // heads_of_key
-    state = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-    if start is not None:
-        state = tl.load(start + line.to(tl.int64) * STATE + at, mask=inside, other=0.0).to(tl.float32)
-    begin, n_chunks = _span(bounds, s, sequences, chunks_of_row)
+    state = _first(start, line, p, n, at, inside, P, STATE, MAPS)
+    begin, n_chunks = _span(bounds, s % sequences, sequences, chunks_of_row, PARTS - 1 - s // sequences, PARTS)
     for number in range(0, n_chunks):
         c = begin + n_chunks - 1 - number
         batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
@@ -75,7 +76,8 @@ def walk_back(
             whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
         dys = _columns(_row(dy, dy_batch, dy_row, batch, first) + h * dy_head, row, dy_row, p, here, P, OPERAND)
         pair = tl.load(scores + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
-        tl.store(left + which * STATE + at, _as(state, left.dtype.element_ty), mask=inside)
+        if not MAPS:
+            tl.store(left + which * STATE + at, _as(state, left.dtype.element_ty), mask=inside)
         pair, power = _kept(pair, ups)
         z = _dot(dys, pair) * power
         narrow, power = _narrow(state, ups)
@@ -93,10 +95,11 @@ def walk_back(
                 state = _added(state, erased * decay, ks)
             else:
                 state = _added(state, erased, _made(k, which, i, n, N, SIZE))
-        tl.store(
-            errors + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(z, errors.dtype.element_ty),
-            mask=(p < P)[:, None] & (i < SIZE)[None, :],
-        )  # fmt: skip
+        if not MAPS:
+            tl.store(
+                errors + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(z, errors.dtype.element_ty),
+                mask=(p < P)[:, None] & (i < SIZE)[None, :],
+            )  # fmt: skip
         if up is None:
             state = _added(state, dys.to(tl.float32) * decay, qs)
         else:

@@ -99,12 +99,27 @@ def _decay(exponent):
 
 
 @triton.jit
-def _span(bounds, s, sequences, chunks_of_row):
-    """The first chunk of sequence s, and how many it has."""
+def _span(bounds, s, sequences, chunks_of_row, part, PARTS: tl.constexpr):
+    """The first chunk of a part of sequence s, and how many it has."""
     if bounds is None:
-        return s * chunks_of_row, chunks_of_row
+        begin, n = s * chunks_of_row, chunks_of_row
     else:
-        return tl.load(bounds + s), tl.load(bounds + sequences + s)
+        begin, n = tl.load(bounds + s), tl.load(bounds + sequences + s)
+    if PARTS > 1:
+        before = n * part // PARTS
+        begin, n = begin + before, n * (part + 1) // PARTS - before
+    return begin, n
+
+
+@triton.jit
+def _first(start, line, p, n, at, inside, P: tl.constexpr, STATE: tl.constexpr, MAPS: tl.constexpr):
+    """The state that a walk begins with, of rows p; in rows from P on the identity."""
+    if MAPS:
+        return tl.where((p[:, None] - P == n[None, :]) & inside, 1.0, 0.0)
+    elif start is None:
+        return tl.zeros(at.shape, dtype=tl.float32)
+    else:
+        return tl.load(start + line.to(tl.int64) * STATE + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -182,29 +197,31 @@ def walk(
     k, k_batch, k_row, k_head, up, v, v_batch, v_row, v_head, beta, b_batch, b_row, b_head, total, inverse,
     table, bounds, sequences, chunks, chunks_of_row, length, start, end, states, written, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, PARTS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The states before each chunk, and U; a program takes BLOCK_P rows of a head's state through a sequence.
+    """The states before each chunk, and U; a program takes BLOCK_P rows of a head's state through a part of a sequence.
+    Starts and ends are (PARTS, sequences, heads, d_value, d_key).
 
-    With a decay a channel there is `up`, K↑, and k is K↓; see `triton_channels`.
+    MAPS: nothing is kept but the ends, where d_key more rows are what the part makes of the identity, so that a start
+    S ends as S times these, and the other rows. With a decay a channel there is `up`, K↑, and k is K↓; see
+    `triton_channels`.
     """
     OPERAND: tl.constexpr = v.dtype.element_ty
+    ROWS: tl.constexpr = P + N if MAPS else P
     tile = tl.program_id(0)
-    blocks: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    blocks: tl.constexpr = (ROWS + BLOCK_P - 1) // BLOCK_P
     line = tile // blocks
     h = line % heads
     s = line // heads
     p = (tile % blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     i = tl.arange(0, SIZE)
-    STATE: tl.constexpr = P * N
+    STATE: tl.constexpr = ROWS * N
     at = p[:, None] * N + n[None, :]
-    inside = (p < P)[:, None] & (n < N)[None, :]
+    inside = (p < ROWS)[:, None] & (n < N)[None, :]
     row = -i if REVERSE else i
-    state = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
-    if start is not None:
-        state = tl.load(start + line.to(tl.int64) * STATE + at, mask=inside, other=0.0).to(tl.float32)
-    begin, n_chunks = _span(bounds, s, sequences, chunks_of_row)
+    state = _first(start, line, p, n, at, inside, P, STATE, MAPS)
+    begin, n_chunks = _span(bounds, s % sequences, sequences, chunks_of_row, s // sequences, PARTS)
     for number in range(0, n_chunks):
         c = begin + number
         batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
@@ -220,7 +237,8 @@ def walk(
             ups = _made(up, which, i, n, N, SIZE)
             whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
         u = _columns(_row(v, v_batch, v_row, batch, first) + h * v_head, row, v_row, p, here, P, OPERAND).to(tl.float32)
-        tl.store(states + which * STATE + at, _as(state, states.dtype.element_ty), mask=inside)
+        if not MAPS:
+            tl.store(states + which * STATE + at, _as(state, states.dtype.element_ty), mask=inside)
         if beta is not None:
             T = tl.load(inverse + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
             rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
@@ -232,10 +250,11 @@ def walk(
             T, power = _kept(T, ups)
             narrow, more = _narrow(u * rate.to(tl.float32)[None, :], ups)
             u = _dot(narrow, tl.trans(T)) * (power * more)
-        tl.store(
-            written + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(u, written.dtype.element_ty),
-            mask=(p < P)[:, None] & (i < SIZE)[None, :],
-        )  # fmt: skip
+        if not MAPS:
+            tl.store(
+                written + which * (P * SIZE) + p[:, None] * SIZE + i[None, :], _as(u, written.dtype.element_ty),
+                mask=(p < P)[:, None] & (i < SIZE)[None, :],
+            )  # fmt: skip
         weighted = u * _decay(whole - sums)[None, :] if up is None else u
         state = _added(state * _decay(whole), weighted, ups)
     if end is not None:

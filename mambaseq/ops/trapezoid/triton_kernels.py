@@ -110,7 +110,7 @@ def update(
         last = tl.load(last_B + row * last_B_row + of_state, mask=known, other=0.0).to(tl.float32)
         u = now * tl.load(x + row * x_row + channel, mask=real, other=0.0).to(tl.float32)
         b = tl.load(B + row * B_row + of_state, mask=known, other=0.0).to(tl.float32)
-        new += before[:, None] * last[None, :] + u[:, None] * b[None, :]
+        new = tl.fma(u[:, None], b[None, :], tl.fma(before[:, None], last[None, :], new))
     tl.debug_barrier()  # all have loaded, whichever threads store
     tl.store(place, new, mask=tile)
     for r in tl.static_range(RANK):
