@@ -164,7 +164,7 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
         )
     # where the folder is there, and no file can be made in it (/proc)
     unmade = number == errno.ENOENT and isinstance(named, str) and _is_or_becomes(Path(named), path)
-    if number in _DENIED or unmade:
+    if number is not None and (number in _DENIED or unmade):
         return UserError(
             f"{path} cannot be written: {os.strerror(number)}. Choose another place, or change the "
             f"permissions of {path.parent}."

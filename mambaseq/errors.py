@@ -26,7 +26,7 @@ class UserError(Exception):
 
     place = reason = ""
 
-    def at(self, place: object, reason: str = "") -> UserError:
+    def about(self, place: object, reason: str = "") -> UserError:
         """The error, about this place."""
         self.place, self.reason = str(place), reason
         return self

@@ -141,7 +141,7 @@ def read_codes(
         except ConfigError:
             raise
         except UserError as error:
-            refuse(error.at(one))
+            refuse(error.about(one))
             continue
         columns = {field: one.fields[field] for field in fields}
         yield Record(one.name, ids=ids, source=str(one.path), alone=0, place=one.place, fields=columns)

@@ -314,7 +314,7 @@ def read_audio(
         except ConfigError:
             raise
         except UserError as error:
-            refuse(error.at(one))
+            refuse(error.about(one))
             continue
         columns = {asked: one.fields.get(field, "") for field, asked in asked_for.items()}
         alone = None if one.is_part else one.channel or 0

@@ -151,7 +151,7 @@ def _encoded(tokenizer: Tokenizer, text: str, where: str) -> np.ndarray:
     except ConfigError:
         raise
     except UserError as error:
-        raise DataError(f"{where}: {error}").at(where) from error
+        raise DataError(f"{where}: {error}").about(where) from error
 
 
 def _record_names(files: Sequence[str], given: str) -> list[str]:

@@ -112,6 +112,9 @@ def _evaluate(
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:
         return results
+    if not task.results:
+        limit = f"trainer.limit_{_STAGES[command]}_batches"
+        raise ConfigError(f"Nothing was evaluated: {limit} is 0. Give more, such as --{limit}=1.0 for all of the set.")
     pictures: dict[str, Any] = {}
     for name, items in sets.items():
         place = f"{_STAGES[command]}/{name}".rstrip("/")

@@ -204,6 +204,10 @@ def _check_keys(
         kind = _REGISTERED.get(key)
         if kind is not None and key not in but and isinstance(value, str) and value and ":" not in value:
             catalog()[kind].entry(value, f"{where}: {key}")
+    metrics = written.get("metrics")
+    for name in metrics if isinstance(metrics, list) and "metrics" not in but else ():
+        if isinstance(name, str) and ":" not in name:
+            catalog()["metrics"].entry(name, f"{where}: metrics")
 
 
 def _written(config: str) -> tuple[list[tuple[Path, dict[str, Any]]], dict[str, Any]]:

@@ -122,7 +122,7 @@ def _as_of_prompts(error: UserError) -> UserError:
     return DataError(
         f"The prompt file {getattr(error, 'file', '')}, line or row {line}, {error.reason}. Correct or remove it, or "
         "name the column with the prompts, of .jsonl: --prompts FILE --prompts-key NAME."
-    ).at(error.place, error.reason)
+    ).about(error.place, error.reason)
 
 
 def _column_of_prompts(read: Callable[..., Any], path: Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -290,6 +290,8 @@ def test_the_folder_one_stands_in_may_be_a_run(
     assert "mambaseq: . holds 'notes.txt'; the run is written beside that.\n" in capsys.readouterr().err
     assert main(["fit", "--resume", ".", "--trainer.max_steps=6"]) == 0
     assert "notes.txt" not in capsys.readouterr().err
+    assert main(["validate", "--checkpoint", ".", "--trainer.limit_val_batches=0"]) == 2
+    assert "Nothing was evaluated: trainer.limit_val_batches is 0. Give more, such as" in capsys.readouterr().err
     assert RunFolder(".").read_results()["steps"] == 6
     RunFolder(".").remove()
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["notes.txt"]
