@@ -107,13 +107,13 @@ def assign_weights(
     described: Mapping[str, torch.Tensor],
     parts: Iterable[Mapping[str, torch.Tensor]],
     source: Path,
-    dtype: torch.dtype | Literal["kept"] | None,
+    dtype: torch.dtype | Literal["keep"] | None,
     device: str | torch.device = "cpu",
 ) -> None:
     """Give a model whose parameters have no values yet its weights, some at a time, each copied once, to the device.
 
     described: all of them, whose values are not read. parts: all of them, each in one part, which is not used any more
-        when the next one is asked for. dtype: of parameters that are floating-point, but what is `staying`; "kept" for
+        when the next one is asked for. dtype: of parameters that are floating-point, but what is `staying`; "keep" for
         each one's own in the file, but float32 for float64; None for the model's.
     Raises what `load_weights` raises. Tensors of the model that are no weights stay as they are.
     """
@@ -133,7 +133,7 @@ def assign_weights(
             old = getattr(module, attribute)
             is_parameter = isinstance(old, torch.nn.Parameter)
             of = old.dtype
-            if dtype == "kept":
+            if dtype == "keep":
                 of = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
             elif dtype is not None and is_parameter and old.is_floating_point() and id(old) not in wide:
                 of = dtype
@@ -267,7 +267,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: str 
     source = folder / "model.safetensors"
     if source.is_file():
         described = described_in(source)
-        parts = ({name: read_safetensors(source, [name])[name]} for name in described)
+        parts: Iterable[Mapping[str, torch.Tensor]] = (read_safetensors(source, [name]) for name in described)
         if f"{FOLDER}/adapter_config.json" in card.sha256:
             parts = _with_adapter(parts, described, folder / FOLDER)
     else:

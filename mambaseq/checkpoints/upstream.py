@@ -333,7 +333,7 @@ def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.
         layer = _LAYER_NUMBER.search(name)
         groups.setdefault(layer[1] if layer else name, []).append(name)
     parts = (ours(stored.read(names)) for names in groups.values())
-    assign_weights(model, described, parts, stored.source, "kept" if keep_dtype else dtype)
+    assign_weights(model, described, parts, stored.source, "keep" if keep_dtype else dtype)
     return model.eval()
 
 

@@ -97,7 +97,7 @@ def build_empty(spec: dict[str, Any]) -> SequenceModel:
     """
     here = threading.get_ident()
 
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta or threading.get_ident() != here:
             return None  # as it is
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
