@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,12 +31,12 @@ from torch import Tensor
 
 from mambaseq.benchmarking.floors import peak
 from mambaseq.domain import catalog
-from mambaseq.mixers.mamba3 import _added_up
 from mambaseq.ops import OPS, trapezoidal_scan
 from mambaseq.ops.decoding.step import ssd_update_
 from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 from mambaseq.ops.trapezoid import step
+from mambaseq.ops.trapezoid.angles import AngleArguments, added_up
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
 from mambaseq.ops.trapezoid.gating import GateArguments, gated
 from mambaseq.ops.trapezoid.turning import TurnArguments, turned
@@ -193,8 +192,7 @@ def around(
 ) -> Tensor:  # fmt: skip
     """What mamba-ssm's kernel does, by the parts of our mixer; of float64 by PyTorch."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    turn = math.pi * torch.tanh(angles.to(wide)) * dt.mT[..., None]
-    angle, _ = _added_up(turn.double(), None, None)
+    angle, _ = added_up(AngleArguments(angles.to(wide), dt.mT))
     B, C = (M[:, :, None].to(wide) for M in (B, C))
     B, C = turned(TurnArguments(B, C, B_bias[:, None], C_bias[:, None], angle, False, x.dtype == torch.bfloat16))
     trap = trap.to(wide).sigmoid().mT

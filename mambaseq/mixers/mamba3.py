@@ -8,7 +8,6 @@ C, no convolution. Parameter names and shapes are those of `mamba_ssm`'s module.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +19,11 @@ from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.mixers.mamba2 import GatedRMSNorm
 from mambaseq.ops import sequences, trapezoidal_scan
-from mambaseq.ops.chunks import sums
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.linear import apply_linear
 from mambaseq.ops.ssd.packages import input_dtype
 from mambaseq.ops.trapezoid import trapezoidal_update_
+from mambaseq.ops.trapezoid.angles import AngleArguments, added_up, turns
 from mambaseq.ops.trapezoid.gating import GateArguments, gated
 from mambaseq.ops.trapezoid.turning import TurnArguments, turned
 
@@ -166,9 +165,9 @@ class Mamba3(Mixer):
         if state is not None:
             self._check(state, x, cu_seqlens)
         projected = apply_linear(self.in_proj, x)
-        z, v, B, C, dt, A, trap, turn = self._parts(projected)
+        z, v, B, C, dt, A, trap, angles = self._parts(projected)
         before = None if state is None else state.angle
-        angle, last_angle = _added_up(turn, before, cu_seqlens)
+        angle, last_angle = added_up(AngleArguments(angles, dt, before, cu_seqlens))
         taken = input_dtype(self.backend, projected.dtype, x.device)
         B, C = turned(TurnArguments(B, C, self.B_bias, self.C_bias, angle, self.several, taken == torch.bfloat16))
         written = self._written(v, taken)
@@ -208,8 +207,7 @@ class Mamba3(Mixer):
 
     def _parts(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Of what in_proj gives: the gate and inputs `(..., heads, head_dim)`, as they are; in full precision B and C,
-        normed, `(..., rank, groups, d_state)`, dt, A and trap `(..., heads)`, and what is turned by, `(..., heads,
-        n_angles)` float64."""
+        normed, `(..., rank, groups, d_state)`, dt, A and trap `(..., heads)`, and angles `(..., 1, n_angles)`."""
         z, v, *parts = projected.split(self.widths, dim=-1)
         wide = working_dtype(projected)
         B, C, dt, A, trap, angles = (part.to(wide) for part in parts)
@@ -219,8 +217,7 @@ class Mamba3(Mixer):
         dt = F.softplus(dt + self.dt_bias.to(wide))
         rate = F.softplus(A) if self.softplus_rate else A.clamp(min=0) + 1 / (1 - A.clamp(max=0))
         A = -rate.clamp(min=self.A_floor)
-        turn = math.pi * torch.tanh(angles)[..., None, :] * dt[..., None]
-        return z, v, B, C, dt, A, torch.sigmoid(trap), turn.double()
+        return z, v, B, C, dt, A, torch.sigmoid(trap), angles[..., None, :]
 
     def _written(self, v: Tensor, dtype: torch.dtype) -> Tensor:
         """What is written to the states, `(..., heads, rank, head_dim)`, of inputs `(..., heads, head_dim)`."""
@@ -272,31 +269,14 @@ class Mamba3(Mixer):
         """See `Mixer.step_`."""
         self._check(state, x)
         x = x[:, 0]
-        z, v, B, C, dt, A, trap, turn = self._parts(apply_linear(self.in_proj, x))
-        state.angle.add_(turn)
+        z, v, B, C, dt, A, trap, angles = self._parts(apply_linear(self.in_proj, x))
+        state.angle.add_(turns(angles, dt))
         B, C = turned(TurnArguments(B, C, self.B_bias, self.C_bias, state.angle, self.several))
         written = self._written(v, B.dtype)
         y = trapezoidal_update_(state.ssm, written, dt, A, trap, B, C, state.v, state.k)
         state.k.copy_(B)
         state.v.copy_(written)
         return self._output(y, v, z, x).unsqueeze(1)  # (batch, 1, d_model)
-
-
-def _added_up(turn: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Angles up to each position, and at the end of each sequence `(sequences, heads, angles)`.
-
-    turn: by how much each position turns `(batch, length, heads, angles)`. before: where sequences begin, 0 if None.
-    """
-    angle = sums(turn.flatten(2)).view(turn.shape)
-    if cu_seqlens is None:
-        if before is not None:
-            angle = angle + before[:, None]
-    else:
-        upto = torch.cat([angle.new_zeros(1, *angle.shape[2:]), angle[0]])  # (length + 1, heads, angles)
-        start = -upto.index_select(0, cu_seqlens[:-1].long())
-        start = start if before is None else start + before
-        angle = angle + start.index_select(0, sequences.of_positions(cu_seqlens, turn.shape[1]))
-    return angle, _last(angle, before, cu_seqlens)
 
 
 def _last(value: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from agreement import DEVICES, Draw, device_or_skip, poisoned_memory
@@ -22,13 +24,16 @@ def drawn(halves: bool, rank: int, groups: int, d_state: int, n_angles: int) -> 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("sizes", [(False, 1, 1, 8, 2), (True, 2, 2, 12, 6), (False, 1, 2, 32, 8)])
 def test_kernels_equal_the_definition(
-    sizes: tuple, rounded: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple, wrapped: bool, rounded: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Angles of thousands of turns keep their digits. Of a group's heads each is a program's of its own."""
     monkeypatch.setattr(turning, "_HEADS_BACKWARD", 1)
     made, place = drawn(*sizes)._replace(rounded=rounded), device_or_skip(device)
+    if wrapped:
+        made = made._replace(angle=torch.remainder(made.angle, 2 * math.pi).float())
     found, expected = [], []
     cotangents = [Draw("cotangents").normal(1, 18, HEADS, sizes[1], sizes[3]).bfloat16() for _ in range(2)]
     for run, wide, results in ((kernel, False, found), (turned, True, expected)):

@@ -5,7 +5,7 @@ fp32."""
 import triton
 import triton.language as tl
 
-from mambaseq.ops.gpu.triton_math import softplus
+from mambaseq.ops.gpu.triton_math import minus_one, softplus
 
 
 @triton.jit
@@ -143,13 +143,6 @@ def selective_state_update(
         if HAS_Z:
             out *= gate * tl.sigmoid(gate)
         tl.store(y + row * channels + c, out, mask=here)
-
-
-@triton.jit
-def minus_one(v):
-    """exp(v) - 1, its relative error small where it is small."""
-    series = v * (1 + v / 2 * (1 + v / 3 * (1 + v / 4 * (1 + v / 5 * (1 + v / 6 * (1 + v / 7 * (1 + v / 8)))))))
-    return tl.where(tl.abs(v) < 0.5, series, tl.exp(v) - 1)
 
 
 @triton.jit(do_not_specialize=["batch"])

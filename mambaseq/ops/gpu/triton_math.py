@@ -27,3 +27,10 @@ def softplus(v):
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
     return tl.maximum(v, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def minus_one(v):
+    """exp(v) - 1, its relative error small where it is small."""
+    series = v * (1 + v / 2 * (1 + v / 3 * (1 + v / 4 * (1 + v / 5 * (1 + v / 6 * (1 + v / 7 * (1 + v / 8)))))))
+    return tl.where(tl.abs(v) < 0.5, series, tl.exp(v) - 1)

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """Triton kernels that turn B and C of Mamba-3: biases of each head are added, and pairs of channels turn by angles.
 
-B and C `(rows, RANK, groups, N)` float32, biases `(heads, RANK, N)`, angles `(rows, heads, ANGLES)` float64, of which
-a program takes whole turns off before it goes on in float32. Turned ones are `(rows, RANK, heads, N)`. Pairs are
-halves of the channels (HALVES) or neighbours; those behind the first ANGLES stay. A program takes ROWS rows.
+B and C `(rows, RANK, groups, N)` float32, biases `(heads, RANK, N)`, angles `(rows, heads, ANGLES)` float64 or
+float32, of which a program takes whole turns off before it goes on in float32. Turned ones are `(rows, RANK, heads,
+N)`. Pairs are halves of the channels (HALVES) or neighbours; those behind the first ANGLES stay. A program takes ROWS
+rows.
 """
 
 import triton

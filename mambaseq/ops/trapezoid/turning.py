@@ -18,7 +18,8 @@ _MOST_STATES = 256
 
 
 class TurnArguments(NamedTuple):
-    """B, C `(..., rank, groups, d_state)`, biases `(heads, rank, d_state)`, angle `(..., heads, n_angles)` float64.
+    """B, C `(..., rank, groups, d_state)`, biases `(heads, rank, d_state)`, angle `(..., heads, n_angles)` float64, or
+    float32 of few whole turns.
 
     halves: channel i is turned with i + d_state / 2, otherwise with its neighbour; the first n_angles pairs turn.
     rounded: they are wanted in bfloat16, otherwise in the dtype of B.
@@ -69,8 +70,8 @@ def why_not(a: TurnArguments) -> str | None:
     """The reason why the kernels cannot run, or None."""
     if (reason := portable.why_not(a.B.device.type)) is not None:
         return reason
-    if a.B.dtype != torch.float32 or a.C.dtype != torch.float32 or a.angle.dtype != torch.float64:
-        return "B and C are not float32, or the angles not float64"
+    if a.B.dtype != torch.float32 or a.C.dtype != torch.float32 or a.angle.dtype not in (torch.float32, torch.float64):
+        return "B and C are not float32, or the angles neither float32 nor float64"
     if a.B.numel() == 0 or a.B.shape[-1] > _MOST_STATES:
         return f"there is nothing, or more than {_MOST_STATES} states"
     return None
@@ -129,7 +130,7 @@ def _backward(a: TurnArguments, dB_to: Tensor, dC_to: Tensor) -> tuple[Tensor, .
     dB_bias, dC_bias = (share.sum(0) for share in shares)
     dB, dC = (M.squeeze(0) if parts == 1 else M.sum(0) for M in (dB, dC))
     dangle = dangle.squeeze(0) if rank == 1 else dangle.sum(0)
-    return dB, dC, dB_bias.to(a.B_bias.dtype), dC_bias.to(a.C_bias.dtype), dangle.double()
+    return dB, dC, dB_bias.to(a.B_bias.dtype), dC_bias.to(a.C_bias.dtype), dangle.to(a.angle.dtype)
 
 
 def _kernels() -> Any:

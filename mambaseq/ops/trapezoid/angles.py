@@ -1,0 +1,167 @@
+"""The angles by which the state of Mamba-3 has turned: what each position turns by, added up over time."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambaseq.ops import sequences
+from mambaseq.ops.chunks import sums
+from mambaseq.ops.eager import wants_reference
+from mambaseq.ops.gpu import portable
+from mambaseq.ops.operators import Operator, register
+
+_ROWS = 32  # positions of a piece
+
+
+class AngleArguments(NamedTuple):
+    """values `(batch, length, heads or 1, n_angles)`, dt `(batch, length, heads)`; before `(sequences, heads,
+    n_angles)` float64: where sequences begin, 0 if None. With cu_seqlens they are packed into one row."""
+
+    values: Tensor
+    dt: Tensor
+    before: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def turns(values: Tensor, dt: Tensor) -> Tensor:
+    """What positions turn by, pi tanh(values) dt: `(..., heads, n_angles)` float64 of values `(..., heads or 1,
+    n_angles)` and dt `(..., heads)`."""
+    return (math.pi * torch.tanh(values) * dt[..., None]).double()
+
+
+def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
+    """Angles after each position `(batch, length, heads, n_angles)`, and at the end of each sequence `(sequences,
+    heads, n_angles)` float64. The first are float64, on a GPU by kernels float32, whole turns taken off."""
+    if a.values.is_cuda and not wants_reference() and why_not(a) is None:
+        return kernel(a)
+    turn = turns(a.values, a.dt)
+    upto = F.pad(sums(turn.flatten(2)).view(turn.shape), (0, 0, 0, 0, 1, 0))  # (batch, length + 1, heads, n_angles)
+    if a.cu_seqlens is None:
+        upto = upto if a.before is None else upto + a.before[:, None]
+        return upto[:, 1:], upto[:, -1]
+    ends = upto[0].index_select(0, a.cu_seqlens.long())
+    start = -ends[:-1] if a.before is None else a.before - ends[:-1]
+    angle = upto[:, 1:] + start.index_select(0, sequences.of_positions(a.cu_seqlens, turn.shape[1]))
+    return angle, start + ends[1:]
+
+
+def kernel(a: AngleArguments) -> tuple[Tensor, Tensor]:
+    """The same by Triton, of what `why_not` is None for."""
+    angle, last = _run(a)
+    return angle, last
+
+
+def why_not(a: AngleArguments) -> str | None:
+    """The reason why the kernels cannot run, or None."""
+    if (reason := portable.why_not(a.values.device.type)) is not None:
+        return reason
+    if a.values.dtype != torch.float32 or a.dt.dtype != torch.float32:
+        return "values or dt are not float32"
+    return "there is nothing" if a.values.numel() == 0 or a.dt.numel() == 0 else None
+
+
+class _Sizes:
+    """Of a call: pieces, the grid, strided inputs, and what kernels know when they are compiled."""
+
+    def __init__(self, a: AngleArguments) -> None:
+        values = a.values if a.values.stride(3) == 1 else a.values.contiguous()
+        self.batch, self.length, self.heads = a.dt.shape
+        self.n, self.cu_seqlens = values.shape[3], a.cu_seqlens
+        self.shared = values.shape[2] == 1
+        self.pieces = -(-self.length // _ROWS)
+        self.given = (*values_of(values, self.shared), a.dt, *a.dt.stride())
+        self.counts = (self.pieces, self.length, self.heads)
+        self.known = {"ANGLES": self.n, "HALF": 1 << (self.n - 1).bit_length(), "ROWS": _ROWS}
+        self.sequence = None
+        if a.cu_seqlens is not None:
+            self.sequence = sequences.shared(sequences.of_positions, a.cu_seqlens, self.length)
+
+    def totals(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums before each piece and up to its end `(batch, pieces, heads * n_angles)`, and before each of cu_seqlens
+        `(sequences + 1, heads * n_angles)`; float64."""
+        ends = sums(self._totals(given, None, self.batch * self.pieces).unflatten(0, (self.batch, self.pieces)))
+        before = F.pad(ends[:, :-1], (0, 0, 1, 0))
+        if self.cu_seqlens is None:
+            return before, ends, ends[0]
+        places = self.cu_seqlens.int()
+        own = self._totals(given, places, places.shape[0])
+        return before, ends, own + before[0].index_select(0, (places // _ROWS).clamp(max=self.pieces - 1))
+
+    def _totals(self, given: tuple[Any, ...], places: Tensor | None, n: int) -> Tensor:
+        found = torch.empty(n, self.heads * self.n, dtype=torch.float64, device=self.given[0].device)
+        _kernels().totals[(n, self.heads)](*given, places, found, *self.counts, **self.known)
+        return found
+
+
+def values_of(values: Tensor, shared: bool) -> tuple[Any, ...]:
+    """Values and their strides; a head apart is none where heads share them."""
+    return values, values.stride(0), values.stride(1), 0 if shared else values.stride(2)
+
+
+def _fake(a: AngleArguments) -> tuple[Tensor, Tensor]:
+    batch, length, heads = a.dt.shape
+    n = a.values.shape[3]
+    angle = torch.empty(batch, length, heads, n, dtype=torch.float32, device=a.dt.device)
+    return angle, angle.new_empty(sequences.count(a.dt, a.cu_seqlens), heads, n, dtype=torch.float64)
+
+
+def _forward(a: AngleArguments) -> tuple[Tensor, Tensor]:
+    with portable.on(a.values):
+        sizes, (angle, last) = _Sizes(a), _fake(a)
+        before, ends, at = sizes.totals(*sizes.given)
+        start = None if a.before is None else a.before.double().flatten(1)
+        offset = None
+        if a.cu_seqlens is not None:
+            offset = -at[:-1] if start is None else start - at[:-1]
+            end = offset + at[1:]
+        elif start is None:
+            end = ends[:, -1]
+        else:
+            before, end = before + start[:, None], ends[:, -1] + start
+        _kernels().upto[(sizes.batch * sizes.pieces, sizes.heads)](
+            *sizes.given, sizes.sequence, offset, before, angle, *sizes.counts, **sizes.known
+        )
+        last.copy_(end.view(last.shape))
+    return angle, last
+
+
+def _backward(a: AngleArguments, dangle: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    with portable.on(a.values):
+        sizes, dangle, dend = _Sizes(a), dangle.contiguous(), dlast.flatten(1)
+        _, ends, at = sizes.totals(*values_of(dangle, False), None, 0, 0, 0)
+        whole, offset = ends[:, -1:], None
+        after = whole - ends
+        if a.cu_seqlens is None:
+            after, dstart = after + dend[:, None], whole[:, 0] + dend
+        else:
+            offset, dstart = dend - (whole[:, 0] - at[1:]), at[1:] - at[:-1] + dend
+        dvalues, ddt = (torch.empty(v.shape, dtype=torch.float32, device=v.device) for v in (a.values, a.dt))
+        _kernels().backward[(sizes.batch * sizes.pieces,)](
+            *sizes.given, sizes.sequence, offset, dangle, after, dvalues, ddt, *sizes.counts, SHARED=sizes.shared,
+            **sizes.known,
+        )  # fmt: skip
+    return dvalues, ddt, None if a.before is None else dstart.view(dlast.shape).to(a.before.dtype)
+
+
+def _kernels() -> Any:
+    return importlib.import_module("mambaseq.ops.trapezoid.angle_kernels")
+
+
+_run = register(
+    Operator(
+        "mamba3_angles",
+        AngleArguments,
+        "Tensor values, Tensor dt, Tensor? before, Tensor? cu_seqlens",
+        ("values", "dt", "before"),
+        _forward,
+        _backward,
+        _fake,
+        zeros=True,
+    )
+)
