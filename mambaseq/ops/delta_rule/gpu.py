@@ -21,6 +21,9 @@ from mambaseq.ops.ssd import gpu as dual
 _HALF = (torch.bfloat16, torch.float16)
 _MOST = 256  # channels of a key
 _SIZE = 64  # positions of a chunk
+# Rows and columns of a tile that is read as an operand from shared memory: 128 bytes in 16 bits. Of narrower ones
+# ptxas 12.8, which comes with Triton 3.6, takes the address from a register that nothing was written to.
+_NARROWEST = 64
 _LONGEST = 2**30  # row: positions are counted in 32 bits
 _FEWEST = 16  # chunks of a part
 _WARPS = 8  # of walks, whose registers a processor has
@@ -57,6 +60,7 @@ class Plan(NamedTuple):
     output: Shape
     walk_back: Shape
     gradients: Shape
+    of_pairs: Shape
     of_channels: Shape
 
 
@@ -65,6 +69,7 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
     wide = 1 if dtype == torch.bfloat16 else 2
     whole = d_key <= 128 and d_value > 64 and wide == 1  # all rows of a state, one program a processor
     walk = Shape(4 if d_key <= 128 else 8, 3 if d_key <= 128 and wide == 1 else 2, 64 // wide)
+    rows = 128 // dtype.itemsize
     few = wide == 2 or (channels and d_key > 128)  # of the tiles find room
     walk_back = Shape(8, 2 if channels else 3, 128) if whole else walk._replace(stages=1 if few else 2)
     if channels:
@@ -74,8 +79,9 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
         walk=walk,
         output=Shape(4, 1, 128 // wide, 128),
         walk_back=walk_back,
-        gradients=Shape(8, 1, 64 // wide, 128 // wide),
-        of_channels=Shape(8, 1, 64 // wide, 32),
+        gradients=Shape(8, 1, rows, 128 // wide),
+        of_pairs=Shape(4, 1, rows),
+        of_channels=Shape(4, 1, rows, _NARROWEST),
     )
 
 
@@ -85,6 +91,10 @@ def _parts(device: torch.device, programs: int, warps: int, chunks: int) -> int:
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     parts = min(processors * _WARPS // warps // programs + 1, chunks // _FEWEST)
     return parts if parts > 2 else 1
+
+
+def _block(size: int) -> int:
+    return max(dual._block(size), _NARROWEST)
 
 
 def why_not(arguments: DeltaArguments) -> str | None:
@@ -143,7 +153,7 @@ class _Call:
         self.rates = (*_strided(g), *_strided(a.beta))
         tl: Any = importlib.import_module("triton.language")
         shape, dtype = self.plan.pairs, a.v.dtype
-        common = {"N": self.d_key, "BLOCK_N": min(dual._block(self.d_key), shape.columns), "SIZE": _SIZE,
+        common = {"N": self.d_key, "BLOCK_N": min(_block(self.d_key), shape.columns), "SIZE": _SIZE,
                   "REVERSE": a.reverse, "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
                   "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
                   "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
@@ -172,7 +182,7 @@ class _Call:
         return torch.empty(self.chunks, self.heads, *shape, dtype=dtype, device=self.v.device)
 
     def blocks(self, shape: Shape) -> dict[str, int]:
-        rows, columns = min(dual._block(self.d_value), shape.rows), min(dual._block(self.d_key), shape.columns)
+        rows, columns = min(_block(self.d_value), shape.rows), min(_block(self.d_key), shape.columns)
         return {**self.sizes, "BLOCK_P": rows, "BLOCK_N": columns,
                 "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
 
@@ -287,16 +297,29 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
         dbeta = of_blocks(a.beta)
         tensors = (*call.of_pairs, call.v, *call.v.stride()[:3], dy, *dy.stride()[:3])
         after = (dbeta, call.batch * call.length * call.heads, call.heads, call.heads_of_key)
-        kept = (call.total, states, left, written, errors, call.table, *call.place, dq, dk, dv)
         grid = (call.chunks, call.heads, n)
         if call.channels:
             assert a.g is not None
             kernels = importlib.import_module("mambaseq.ops.delta_rule.triton_channels")
             dg: Tensor | None = torch.empty(a.g.shape, dtype=a.g.dtype, device=dv.device)
-            kernels.gradients_of_channels[grid](*tensors, *call.rates, *kept, dg, *after, **blocks)
+            of = call.plan.of_pairs
+            of_pairs = torch.empty_like(call.scores)
+            of_keys = None if a.beta is None else torch.empty_like(call.scores)
+            kernels.gradients_of_pairs[grid[:2]](
+                dy, *dy.stride()[:3], written, errors, call.table, *call.place, of_pairs, of_keys, call.heads,
+                P=call.d_value, BLOCK_P=min(_block(call.d_value), of.rows), SIZE=_SIZE, REVERSE=a.reverse,
+                num_warps=of.warps, num_stages=of.stages,
+            )  # fmt: skip
+            kernels.gradients_of_channels[grid](
+                *tensors, *call.rates, call.total, states, left, written, errors, of_pairs, of_keys,
+                call.table, *call.place, dq, dk, dv, dg, *after, **blocks,
+            )  # fmt: skip
         else:
             dg = of_blocks(a.g)
-            kernels.gradients[grid](*tensors, *call.rates[4:], *kept, dg, *after, **blocks)
+            kernels.gradients[grid](
+                *tensors, *call.rates[4:], call.total, states, left, written, errors,
+                call.table, *call.place, dq, dk, dv, dg, *after, **blocks,
+            )  # fmt: skip
             dg = _over_blocks(dg, a.g)
     if call.heads_of_key > 1:  # those that a head of keys serves are side by side
         dq, dk = (

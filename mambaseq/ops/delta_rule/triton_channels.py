@@ -111,9 +111,43 @@ def pairs_of_channels(
 
 
 @triton.jit(do_not_specialize=_CHANGING)
+def gradients_of_pairs(
+    dy, dy_batch, dy_row, dy_head, written, errors, table, chunks, chunks_of_row, length, of_pairs, of_keys, heads,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """dy Uᵀ and, with beta, -Z Uᵀ (chunks, heads, SIZE, SIZE), of which `gradients_of_channels` takes what is below the
+    diagonal; a program takes a head of a chunk."""
+    OPERAND: tl.constexpr = dy.dtype.element_ty
+    c = tl.program_id(0)
+    h = tl.program_id(1)
+    i = tl.arange(0, SIZE)
+    batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, REVERSE)
+    row = -i if REVERSE else i
+    here = i < count
+    which = c.to(tl.int64) * heads + h
+    dy = _row(dy, dy_batch, dy_row, batch, first) + h * dy_head
+    pairs = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    for p0 in range(0, P, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
+        mask = (p < P)[:, None] & here[None, :]
+        u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
+        pairs += _dot(dys, u) * power
+        if of_keys is not None:
+            z, more = _kept(tl.load(errors + of_u, mask=mask, other=0.0), dys)
+            keys -= _dot(tl.trans(z), u) * (power * more)
+    at = which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :]
+    tl.store(of_pairs + at, _as(pairs, of_pairs.dtype.element_ty))
+    if of_keys is not None:
+        tl.store(of_keys + at, _as(keys, of_keys.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def gradients_of_channels(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, dy, dy_batch, dy_row, dy_head,
-    g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head, total, states, left, written, errors,
+    g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head, total, states, left, written, errors, of_pairs, of_keys,
     table, chunks, chunks_of_row, length, dq, dk, dv, dg, dbeta, apart, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -139,16 +173,12 @@ def gradients_of_channels(
     if beta is not None:
         rate += tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
 
-    # by the states, and what pairs say of each other; in the second of each two rows are the earlier positions
+    # by the states
     of_q = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
     of_k = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
     of_read = tl.zeros([SIZE, BLOCK_N], dtype=tl.float32)
     of_rate = tl.zeros([SIZE], dtype=tl.float32)
     flow = tl.zeros([BLOCK_N], dtype=tl.float32)
-    of_pairs = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    of_pairs_back = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    of_keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    of_keys_back = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
@@ -174,13 +204,9 @@ def gradients_of_channels(
         u, of_written = _kept(u, dys)
         of_q += _dot(dys, entered) * of_entered
         of_k += _dot(tl.trans(u), dleft) * (of_written * of_left)
-        of_pairs += _dot(dys, u) * of_written
-        of_pairs_back += _dot(tl.trans(u), tl.trans(dys)) * of_written
         if beta is not None:
             z, of_error = _kept(z, dys)
             of_read -= _dot(tl.trans(z), entered) * (of_error * of_entered)
-            of_keys -= _dot(tl.trans(z), u) * (of_error * of_written)
-            of_keys_back -= _dot(tl.trans(u), z) * (of_error * of_written)
 
     later, earlier = i[:, None], i[None, :]
     ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N, OPERAND)
@@ -198,14 +224,19 @@ def gradients_of_channels(
     of_decay = _summed(later <= earlier, since) + _summed(later > earlier, of_k * ks.to(tl.float32))
     of_decay += (_decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow)[None, :]
     of_k += of_read
-    itself = tl.sum(tl.where(later == earlier, of_pairs, 0.0), axis=1)[:, None]
+    # by pairs; in the second of each two rows are the earlier positions
+    of_pairs += which * (SIZE * SIZE)
+    itself = tl.load(of_pairs + i * (SIZE + 1)).to(tl.float32)[:, None]
     of_q += itself * ks.to(tl.float32)
     of_k += itself * qs.to(tl.float32)
     none = tl.zeros([SIZE, SIZE], dtype=OPERAND)
-    pairs, scale = _narrow(of_pairs, ks)
-    back, scale_back = _narrow(of_pairs_back, ks)
-    keys, scale_keys = _narrow(of_keys, ks)
-    keys_back, scale_keys_back = _narrow(of_keys_back * rate[None, :], ks)
+    pairs, scale = _kept(tl.load(of_pairs + later * SIZE + earlier), ks)
+    back, scale_back = _kept(tl.load(of_pairs + earlier * SIZE + later), ks)
+    if beta is not None:
+        of_keys += which * (SIZE * SIZE)
+        keys, scale_keys = _kept(tl.load(of_keys + later * SIZE + earlier), ks)
+        keys_back = tl.load(of_keys + earlier * SIZE + later).to(tl.float32) * rate[None, :]
+        keys_back, scale_keys_back = _narrow(keys_back, ks)
     for level in range(0, _LEVELS):
         decay = tl.exp2(_summed(_between(later, earlier, level), log))
         meeting = _meet(later, earlier, level)

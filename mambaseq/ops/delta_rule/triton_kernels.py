@@ -15,7 +15,7 @@ result of each of its products is the left side of the next and never leaves the
 
 Operands of matrix products are of the dtype of v; those that are computed are rounded once, and kept in float32 where
 they might not fit in float16. Everything else is float32. What a product made is never transposed: on Hopper GPUs
-Triton 3.4 to 3.7.0 gets that wrong.
+Triton 3.4 to 3.7.0 gets that wrong. Nor is an operand in shared memory narrower than 128 bytes: see `gpu`.
 """
 
 import triton
