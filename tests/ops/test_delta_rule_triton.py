@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from mambaseq.ops import delta_rule
 from mambaseq.ops.delta_rule import DeltaArguments, gpu
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 
+ROOT = Path(__file__).parents[2]
 TRITON = next(backend for backend in OP.backends if backend.name == "triton")
 PLACE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where Triton's kernels run, interpreted or not
 # by case, how much more than twice an output's rounding is let pass: without a decay it goes on from position to
@@ -157,6 +163,32 @@ def test_what_the_kernels_refuse(change: dict[str, Tensor], message: str) -> Non
     reason = gpu.why_not(made) if "k" not in change else gpu.why_not_these(made)
     assert reason is not None
     assert message in reason
+
+
+def test_products_read_no_narrow_operands(tmp_path: Path) -> None:
+    """Compiled for a Hopper GPU, where narrower ones than 128 bytes are read from wrong places; not interpreted."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "delta_compiled.py"),
+        "--dtypes",
+        "bfloat16",
+        "--sizes",
+        "16x32",
+    ]
+    there = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    there["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run([*command, "--decays", "channels"], capture_output=True, text=True, env=there)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    found = {line["kernel"] for line in lines if line["widths"]}
+    assert found == {
+        "pairs_of_channels",
+        "walk",
+        "output",
+        "walk_back",
+        "gradients_of_pairs",
+        "gradients_of_channels",
+    }
 
 
 SIZED: dict[str, Callable[[], DeltaArguments]] = {
