@@ -65,6 +65,8 @@ def launched(call: Callable[[], object], *, code: bool) -> list[tuple[str, str, 
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = None
+        if not code and self.__name__ in {name for name, *_ in found}:
+            return  # launched again, with the same operands
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
             last[:] = [kernel.asm["ttgir"]]
@@ -154,9 +156,12 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--decays", nargs="+", default=["channels", "heads"], choices=["channels", "heads"])
     parser.add_argument("--shared", action="store_true", help="two heads to a key")
+    parser.add_argument("--parts", action="store_true", help="walks in parts, as of sequences that are few and long")
     parser.add_argument("--code", action="store_true", help="compile to the end: seconds a kernel")
     parser.add_argument("--nvdisasm", default=str(own), help="Triton's own, if it is not given")
     options = parser.parse_args()
+    if options.parts:
+        gpu._parts = lambda *_: 3
     wrong = False
     for dtype, decays, size in itertools.product(options.dtypes, options.decays, options.sizes):
         d_key, d_value = map(int, size.split("x"))

@@ -26,7 +26,7 @@ from mambaseq.ops.delta_rule import gpu
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 
 ROWS, WARPS, STAGES = (128, 64, 32), (4, 8), (2, 3, 4)
-KERNELS = ("pairs", "walk", "output", "walk_back", "gradients")
+KERNELS = ("pairs", "walk", "output", "walk_back", "gradients", "gradients_of_pairs")
 TRITON = BACKENDS["triton"]
 
 
