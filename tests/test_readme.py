@@ -98,6 +98,23 @@ def test_the_first_picture_is_of_the_figures_that_are_kept() -> None:
     assert len(rows) == 4
 
 
+def test_the_table_of_decoding_is_of_the_figures_that_are_kept() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "decode_gpu.json").read_text())["rows"]
+    readme, told = (ROOT / "README.md").read_text(), 0
+    for size in ("130M", "1.4B"):
+        header, _, *lines = re.search(rf"\| {size}, at once .*?\n\n", readme, re.DOTALL)[0].strip().splitlines()
+        batches = [int(cell) for cell in header.split("|")[2:-1]]
+        table = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in lines)}
+        for row in rows:
+            if row["op"] == f"generation, {size}":
+                cell = table[row["contender"]][batches.index(row["shape"]["batch"])]
+                tokens, ms = (float(text.replace(",", "")) for text in cell.removesuffix(" ms ").split(", "))
+                assert tokens == round(row["decode_tokens_per_s"]), (row, cell)
+                assert abs(ms - row["prefill_ms"]) <= (0.05 if ms < 10 else 0.5), (row, cell)
+                told += 1
+    assert told == 24
+
+
 def test_links_of_all_pages_exist() -> None:
     folders = ("benchmarks", "configs", "data", "docs", "domains", "examples", "mambaseq", "tests")
     pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]

@@ -65,3 +65,16 @@ def test_no_positions_leave_angles_as_they_were(before: Tensor | None) -> None:
     angle, last = added_up(AngleArguments(torch.zeros(2, 0, 1, 4), torch.zeros(2, 0, 3), before))
     assert angle.shape == (2, 0, 3, 4)
     assert torch.equal(last, torch.zeros(2, 3, 4, dtype=torch.float64) if before is None else before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [3, 5, 16])
+def test_gradients_repeat_bit_for_bit(n: int) -> None:
+    place, draw = device_or_skip("cuda"), Draw("angles repeat")
+    values, dt = draw.normal(2, 100, 1, n).to(place).requires_grad_(), draw.uniform(0, 1, 2, 100, 8).to(place)
+    dt.requires_grad_()
+    dangle = draw.normal(2, 100, 8, n).to(place)
+    first, *others = (
+        torch.autograd.grad(kernel(AngleArguments(values, dt))[0], (values, dt), dangle) for _ in range(20)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))

@@ -145,6 +145,8 @@ def _backward(a: AngleArguments, dangle: Tensor, dlast: Tensor) -> tuple[Tensor 
         _kernels().backward[(sizes.batch * sizes.pieces,)](
             *sizes.given, sizes.sequence, offset, dangle, after, dvalues, ddt, *sizes.counts, SHARED=sizes.shared,
             **sizes.known,
+            # threads that hold the same sum would each round it in their own way, and any of them may write it
+            enable_fp_fusion=False,
         )  # fmt: skip
     return dvalues, ddt, None if a.before is None else dstart.view(dlast.shape).to(a.before.dtype)
 
