@@ -47,6 +47,11 @@ def model_folder(path: str | Path) -> Path:
         if _is_file(place / "model.json"):
             return place
     near = near_folder(folder, lambda one: _is_file(one / "model.json") or _is_file(one / "model" / "model.json"))
+    if _is_file(folder / "config.json"):
+        raise UserError(
+            f"There is no model.json in {str(path)[:300]}, but a config.json, as published models have. `mambaseq "
+            "import --checkpoint FOLDER --out RUN` makes such a folder a run; give that."
+        )
     raise UserError(
         f"There is no model at {str(path)[:300]}: no model.json and no model/model.json.{near} Give the folder of a "
         "run."

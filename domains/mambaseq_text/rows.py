@@ -181,7 +181,7 @@ def _loaded(name: str, number: int, line: str, columns: Sequence[str]) -> Any:
             "without it, or say that it is utf-8-sig (data.encoding of training data, --encoding of text/perplexity)."
         )
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))  # its end is not told as what is wrong with an open text
     except json.JSONDecodeError as error:
         reason = f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         remedy = "Each line must be one complete JSON object; correct or remove the line."

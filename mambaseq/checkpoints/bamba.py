@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
-from mambaseq.checkpoints.forms import no_form, one_for_all
+from mambaseq.checkpoints.forms import NotLoaded, no_form, one_for_all
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, shown
 from mambaseq.mixers.attention import Attention
@@ -91,7 +91,7 @@ def _attention_options(config: dict[str, Any]) -> dict[str, Any]:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict) or (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise UserError(
+        raise NotLoaded(
             f"The checkpoint's rotary positions (rope_parameters, rope_scaling) are {shown(rope)}; only those of the "
             f"type 'default' can be loaded{'' if not isinstance(rope, dict) else f', not {shown(kind)}'}."
         )

@@ -10,6 +10,10 @@ from mambaseq.errors import UserError
 T = TypeVar("T")
 
 
+class NotLoaded(UserError):
+    """A published model of a kind that is not loaded. Its files are whole: to download them again is no remedy."""
+
+
 def no_form(problem: str) -> UserError:
     """The error for a model that other houses have no class for."""
     return UserError(

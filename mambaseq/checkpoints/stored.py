@@ -3,6 +3,7 @@ never run. Tensors are read some at a time, so that a large model needs little m
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.checkpoints.export import described_in, read_safetensors
-from mambaseq.errors import UserError, shown
+from mambaseq.errors import UserError, cut, shown
 from mambaseq.limits import INDEX_BYTES, check_unpacked
 from mambaseq.plain import read_json
 
@@ -19,6 +20,8 @@ WEIGHTS = tuple(f"{name}{kind}" for name in ("model.safetensors", "pytorch_model
 """The files in which weights may be, or that list the parts; the first one that is there counts."""
 
 REMEDY = "Download it again, from the same place as the weights."
+
+_CALLED = re.compile(r"GLOBAL (\S+)")  # what a pickle would call or make, in PyTorch's refusal
 
 
 def weights_in(folder: Path) -> Path:
@@ -124,10 +127,17 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # torch's error depends on where the file was cut
-        first = (str(error).splitlines() or [""])[0][:200]
+        if called := _CALLED.search(str(error)):
+            raise UserError(
+                f"The weights in {path} cannot be read: the file holds more than tensors, and asks for "
+                f"{shown(called[1])}. No code from a checkpoint is run. Take the checkpoint's model.safetensors, or "
+                "leave it."
+            ) from error
+        # PyTorch's first line may be its advice to load without `weights_only`, which is none for a stranger's file
+        lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
         raise UserError(
-            f"The weights in {path} cannot be read ({type(error).__name__}: {first}): the file is damaged, or holds "
-            f"more than tensors. {remedy}"
+            f"The weights in {path} cannot be read ({type(error).__name__}: {cut((lines or [''])[0], 120)}): the file "
+            f"is damaged, or holds more than tensors. {remedy}"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} is not a mapping of names to tensors. {remedy}")

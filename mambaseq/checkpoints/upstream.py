@@ -16,7 +16,7 @@ from torch import Tensor
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints import bamba
 from mambaseq.checkpoints.export import assign_weights, weights
-from mambaseq.checkpoints.forms import no_form, one_for_all
+from mambaseq.checkpoints.forms import NotLoaded, no_form, one_for_all
 from mambaseq.checkpoints.stored import REMEDY, StoredWeights
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder
@@ -215,7 +215,7 @@ def _check_kind(kind: Any) -> None:
     others = [f"mambaseq {entry.name}" for entry in catalog()["commands"] if entry.name.endswith("/import")]
     told = f" Others are imported by: {cut_list(others)}." if others else ""
     what = _HYBRIDS.get(kind) if isinstance(kind, str) else None
-    raise UserError(
+    raise NotLoaded(
         f"The checkpoint is a {shown(kind)} model{f', {what}' if what else ''}; only "
         f"{cut_list(map(shown, _LOADED))} can be loaded.{told}"
     )
@@ -250,7 +250,7 @@ def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "bamba":
         _check_dt_limit("time_step_limit", config.get("time_step_limit"))
     if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"The checkpoint's activation (hidden_act) is {shown(activation)}; only 'silu' can be loaded.")
+        raise NotLoaded(f"The checkpoint's activation (hidden_act) is {shown(activation)}; only 'silu' can be loaded.")
     if kind == "bamba":
         return bamba.options_of(config)
     options = {
@@ -276,8 +276,14 @@ def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
 def _of_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
     ssm = dict(config.get("ssm_cfg") or {})
     layer = ssm.pop("layer", "Mamba1")
-    if layer not in ("Mamba1", "Mamba2") or config.get("attn_layer_idx") or config.get("d_intermediate"):
-        raise UserError("The checkpoint is not a pure Mamba-1 or Mamba-2 model; only those can be loaded.")
+    others = {"ssm_cfg.layer": layer} if layer not in ("Mamba1", "Mamba2") else {}
+    others |= {key: config[key] for key in ("attn_layer_idx", "d_intermediate") if config.get(key)}
+    if others:
+        told = cut_list(f"{key} {shown(value)}" for key, value in others.items())
+        raise NotLoaded(
+            f"The checkpoint is not a pure Mamba-1 or Mamba-2 model ({told}); of those of state-spaces only these can "
+            "be loaded."
+        )
     multiple = config.get("pad_vocab_size_multiple", 8)
     options = {
         "vocab_size": -(-config["vocab_size"] // multiple) * multiple,
@@ -290,7 +296,7 @@ def _of_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
     _check_dt_limit("dt_limit", ssm.pop("dt_limit", None))
     for key, known in _ONLY.items():
         if (value := ssm.pop(key, known)) != known:
-            raise UserError(f"The checkpoint's ssm_cfg has {key} {shown(value)}; only {shown(known)} can be loaded.")
+            raise NotLoaded(f"The checkpoint's ssm_cfg has {key} {shown(value)}; only {shown(known)} can be loaded.")
     ssm = {_RENAMED.get(key, key): value for key, value in ssm.items() if key not in _WITHOUT_EFFECT}
     return {"mixer": "mamba2", **options, "d_state": 128, "head_dim": 64, **ssm}
 
@@ -301,7 +307,7 @@ def _check_dt_limit(key: str, limit: Any) -> None:
         return
     low, high = (float(value["__float__"] if isinstance(value, dict) else value) for value in limit)
     if low > 0 or high < math.inf:
-        raise UserError(
+        raise NotLoaded(
             f"The checkpoint limits its step sizes to {low} to {high} ({key}); only unlimited ones can be loaded."
         )
 
@@ -368,6 +374,8 @@ def _options(path: Path) -> dict[str, Any]:
         return options_from_config(config)
     except KeyError as error:
         raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {REMEDY}") from error
+    except NotLoaded as error:
+        raise NotLoaded(f"{path} cannot be used. {error}") from error
     except UserError as error:
         raise UserError(f"{path} cannot be used. {error} {REMEDY}") from error
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -31,7 +31,7 @@ def check_settings(
 ) -> None:
     """Raise ConfigError unless temperature is a finite number of at least 0 (0 is greedy), top_k a whole number of at
     least 0 (0 is all), top_p in (0, 1], min_p in [0, 1], repetition_penalty in [0.01, 100] and
-    presence_penalty in [0, 100]."""
+    presence_penalty in [-100, 100] (OpenAI's API has -2 to 2; below 0, what was added becomes likelier)."""
 
     def finite(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -49,9 +49,10 @@ def check_settings(
             f"repetition_penalty must be a number from {1 / _LARGEST} to {_LARGEST}, not "
             f"{shown(repetition_penalty)}; 1 is none."
         )
-    if not finite(presence_penalty) or not 0 <= presence_penalty <= _LARGEST:
+    if not finite(presence_penalty) or abs(presence_penalty) > _LARGEST:
         raise ConfigError(
-            f"presence_penalty must be a number from 0 to {_LARGEST}, not {shown(presence_penalty)}; 0 is none."
+            f"presence_penalty must be a number from -{_LARGEST} to {_LARGEST}, not {shown(presence_penalty)}; 0 is "
+            "none."
         )
 
 

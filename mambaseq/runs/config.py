@@ -95,7 +95,7 @@ class GenerationConfig:
         top_p: draw from the likeliest tokens that together have this probability; 1 from all.
         min_p: leave out tokens less likely than this share of the likeliest one.
         repetition_penalty: above 1, tokens that are there already become less likely.
-        presence_penalty: what is subtracted from the logits of tokens that were generated already.
+        presence_penalty: what is subtracted from the logits of tokens that were generated already; may be below 0.
     """
 
     max_new_tokens: int = 0

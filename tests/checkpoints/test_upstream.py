@@ -251,8 +251,9 @@ def test_weights_that_would_run_or_swell(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(pickle.dumps(Runs(tmp_path / "pwned"), protocol=2))
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match=r"holds more than tensors, and asks for '\S+'\. No code .* is run") as told:
         load_upstream(tmp_path)
+    assert "weights_only" not in str(told.value)  # PyTorch's advice to run it
     assert not (tmp_path / "pwned").exists()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", bytes(80 * 2**20))
@@ -343,8 +344,22 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         options_from_config({"hidden_size": 8, "model_type": "falcon_h1"})
     with pytest.raises(UserError, match="hidden_act"):
         options_from_config({"hidden_size": 8, "hidden_act": "gelu"})
-    for other in ({"ssm_cfg": {"layer": "Mamba3"}}, {"attn_layer_idx": [1]}, {"d_intermediate": 16}):
-        with pytest.raises(UserError, match="pure Mamba-1 or Mamba-2"):
+    for other, told in (
+        ({"ssm_cfg": {"layer": "Mamba3"}}, r"\(ssm_cfg\.layer 'Mamba3'\)"),
+        ({"attn_layer_idx": [1]}, r"\(attn_layer_idx \[1\]\)"),
+        ({"d_intermediate": 16}, r"\(d_intermediate 16\)"),
+    ):
+        with pytest.raises(UserError, match=f"pure Mamba-1 or Mamba-2 model {told}"):
             options_from_config({"d_model": 8, "n_layer": 1, "vocab_size": 8, **other})
+    for config, again in (
+        ({"hidden_size": 8, "model_type": "jamba"}, False),
+        ({"d_model": 8, "n_layer": 1, "vocab_size": 8, "attn_layer_idx": [1]}, False),
+        ({"d_model": 8, "n_layer": 1, "vocab_size": -8}, True),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"config\.json cannot be used") as refused:
+            load_upstream(tmp_path)
+        assert ("Download it again" in str(refused.value)) == again  # no remedy where the files are whole
+    (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
         load_upstream(tmp_path)

@@ -66,7 +66,7 @@ def test_the_prompts_file_is_not_overwritten(tmp_path: Path, capsys: pytest.Capt
         (["--top-p", "0"], "top_p must be above 0"),
         (["--min-p", "2"], "min_p must be a number from 0 to 1, not 2.0"),
         (["--repetition-penalty", "-1"], "repetition_penalty must be a number from 0.01 to 100, not -1.0"),
-        (["--presence-penalty", "nan"], "presence_penalty must be a number from 0 to 100, not nan"),
+        (["--presence-penalty", "nan"], "presence_penalty must be a number from -100 to 100, not nan"),
         (["--beams", "0"], "beams must be at least 1"),
         (["--beams", "2", "--top-k", "3"], "--beams searches, and --top-k is for drawing"),
         (["--beams", "2", "--samples", "3"], "--beams 2 finds no 3 results"),

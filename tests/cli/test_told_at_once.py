@@ -23,6 +23,7 @@ WORDS = [
     ("generate --checkpoint runs/dna-dmo", "There is no model at runs/dna-dmo", "Did you mean 'dna-demo'?"),
     ("predict --checkpoint nowhere x.txt --out o.csv", "There is no model at nowhere"),
     ("serve --checkpoint nowhere", "There is no model at nowhere"),
+    ("serve --checkpoint published", "no model.json in published, but a config.json", "mambaseq import --checkpoint"),
     ("export --checkpoint nowhere --out o", "There is no model at nowhere"),
     ("test --checkpoint nowhere", "There is no run at nowhere"),
     ("test --checkpoint runs/dna-dem", "There is no run at runs/dna-dem", "Did you mean 'dna-demo'?"),
@@ -158,6 +159,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     folder = tmp_path_factory.mktemp("told")
     run = folder / "runs" / "dna-demo"
     run.mkdir(parents=True)
+    (folder / "published").mkdir()
+    (folder / "published" / "config.json").write_text("{}")
     (run / "config.yaml").write_text("data: {name: dna/species}\n")
     (folder / "odd.yaml").write_text("data: {name: [a]}\nmodel: {head: {name: {b: 1}}}\n")
     (folder / "broken.yaml").write_text("data: [a\n")

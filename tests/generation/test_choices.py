@@ -50,6 +50,12 @@ def test_presence_counts_what_was_added_once() -> None:
     assert penalties(torch.ones(1, 3)).tolist() == [[1.0, 1.0, 0.5]]
 
 
+def test_a_presence_penalty_below_0_repeats() -> None:
+    model, prompt = causal_lm(vocab_size=29, d_model=8, n_layers=1), torch.tensor([[3], [5]])
+    ids = generate(model, prompt, 9, seed=1, presence_penalty=-100.0)
+    assert all(len(set(row[1:])) == 1 for row in ids.tolist())
+
+
 def test_penalties_change_what_is_generated() -> None:
     model, prompt = causal_lm(vocab_size=29, d_model=8, n_layers=1), torch.tensor([[3], [5]])
     ids = generate(model, prompt, 28, temperature=0, presence_penalty=100.0)
@@ -75,7 +81,7 @@ def test_penalties_change_what_is_generated() -> None:
     [
         ("min_p", [2, -0.1, NAN, "x", True]),
         ("repetition_penalty", [0, -1.0, NAN, float("inf"), 1e300, None]),
-        ("presence_penalty", [-0.5, NAN, float("inf"), True]),
+        ("presence_penalty", [-100.5, NAN, float("inf"), True]),
     ],
 )
 def test_choices_out_of_range_are_refused(setting: str, values: list) -> None:

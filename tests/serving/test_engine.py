@@ -78,6 +78,7 @@ def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
                 {"seed": 5, "temperature": 0.7, "top_k": 9, "stop_ids": frozenset({3, 8, 11})},
                 {"seed": 6, "top_p": 0.8, "min_p": 0.01},
                 {"seed": 6, "number": 2, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+                {"seed": 7, "presence_penalty": -1.5},
                 {"temperature": 0, "stop_ids": frozenset({int(prompt_of(1)[0])})},
             ]
         )
