@@ -78,3 +78,14 @@ def test_gradients_repeat_bit_for_bit(n: int) -> None:
         torch.autograd.grad(kernel(AngleArguments(values, dt))[0], (values, dt), dangle) for _ in range(20)
     )
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_compilers_are_told_the_shapes_of_what_kernels_make() -> None:
+    draw = Draw("angles compiled")
+    values, dt = draw.normal(1, 33, 1, 5)[..., 1:4].requires_grad_(), draw.uniform(0, 1, 1, 2, 33).mT.requires_grad_()
+    before = draw.normal(3, 2, 3).double().requires_grad_()
+    bounds = torch.tensor([0, 0, 3, 33], dtype=torch.int32)
+    given = values, dt, before, bounds
+    torch.library.opcheck(
+        torch.ops.mambaseq.mamba3_angles.default, given, test_utils=("test_schema", "test_faketensor")
+    )
