@@ -209,6 +209,9 @@ def _fitting(
 
 def _check_finite(name: str, tensor: torch.Tensor, source: Path) -> None:
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if not values.is_floating_point():
+        return
+    values = values.float() if values.element_size() == 1 else values  # PyTorch compares no numbers of 8 bits
     if values.numel() and not all(end.isfinite() for end in values.aminmax()):  # NaN is both; no copy is made
         raise UserError(
             f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "

@@ -4,13 +4,14 @@ and never more in memory than the model and a tensor."""
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mambaseq.checkpoints import ModelCard, export, load_model, save_model
@@ -87,6 +88,23 @@ def test_what_is_not_saved_is_there(spec: dict[str, Any], tmp_path: Path) -> Non
     assert all(one.is_meta for one in empty.parameters())
     for name, one in empty.named_buffers():
         assert torch.equal(one, model.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float8_e5m2, torch.uint16, torch.bool])
+def test_files_may_hold_weights_in_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", causal_lm(20, 16, 1, "mamba"))
+    card = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**card, "sha256": {}}))  # as of a file that was made elsewhere
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("in_proj.weight"))
+    tensors[name] = tensors[name].abs().to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(load_model(folder).model.get_parameter(name), tensors[name].float())
+    if dtype.is_floating_point:
+        tensors[name][0, 0] = torch.nan
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(UserError, match="not finite"):
+            load_model(folder)
 
 
 def living(before: set[int]) -> int:
