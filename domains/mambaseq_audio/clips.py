@@ -254,15 +254,22 @@ class ClipData(SequenceData):
                 f"data.pattern has no group named {shown(name)}.{did_you_mean(name, known)} It has: "
                 f"{cut_list(known) or 'none'}. Write (?P<{name}>...) in it, or change {setting[name]}."
             )
+        matches = [pattern.search(composed(one.path.stem)) for one in found]
+        if strays := [str(one) for one, match in zip(found, matches, strict=True) if match is None]:
+            single = len(strays) == 1
+            names = (
+                f"The name of {strays[0]} does"
+                if single
+                else f"The names of {len(strays):,} of {len(found):,} files do"
+            )
+            raise DataError(
+                f"{names} not match data.pattern, {typed(self.pattern)}{'' if single else f': {cut_list(strays, 5)}'}. "
+                f"Change the pattern, or narrow data.files so that it leaves {'this file' if single else 'these files'} out."
+            )
         groups = []
-        for one in found:
-            match = pattern.search(composed(one.path.stem))
-            if match is None:
-                raise DataError(
-                    f"The name of {one} does not match data.pattern, {typed(self.pattern)}. Change the pattern, "
-                    f"or narrow data.files so that it leaves this file out."
-                )
-            groups.append({**dict.fromkeys(columns, ""), **one.fields, **match.groupdict(default="")})
+        for recording, match in zip(found, matches, strict=True):
+            assert match is not None
+            groups.append({**dict.fromkeys(columns, ""), **recording.fields, **match.groupdict(default="")})
         return groups
 
     def _split(self, found: Sequence[Recording], groups: Sequence[dict[str, str]]) -> dict[str, list[int]]:

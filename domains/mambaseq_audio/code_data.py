@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from mambaseq.data.windows import Interval
 from mambaseq.errors import UserError
 from mambaseq.limits import SAMPLES, WINDOW, check_choice, check_setting
 from mambaseq_audio.clips import ClipData
-from mambaseq_audio.code_files import LAYOUTS, Layout, code_recordings, read_frames
+from mambaseq_audio.code_files import LAYOUTS, Layout, code_recordings, header, read_frames
 from mambaseq_audio.codes import MOST_BOOKS, MOST_CODES, CodeFrames
 from mambaseq_audio.notices import Notices
 from mambaseq_audio.random_clips import RandomClips
@@ -38,7 +39,7 @@ class CodeData(ClipData):
             .tsv or .jsonl, with a column `file` and, if wanted, `split` and any others.
         vocabulary: codes of a book: each is at least 0 and below it.
         layout: which axis of the arrays comes first, `frames_books` or `books_frames`.
-        books: codes of a frame; left out, as many as the first file has.
+        books: codes of a frame; left out, as many as most files have.
         delay: shift book k by k frames, so that each code of a frame is predicted from those of the books before it.
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern. Without either, all streams are for training.
@@ -125,11 +126,15 @@ class CodeData(ClipData):
         return kept_store("codes", Levels(found, blocks, self.skip_bad), smallest_dtype(self.vocabulary), meta, files)
 
     def _books(self, found: Sequence[Recording]) -> int:
-        """The books of the first file that can be used; each of the others says what is wrong with it."""
-        for one in found:
+        """The books that most files have, by the headers of a thousand; each of the others says what is wrong."""
+        counts: Counter[int] = Counter()
+        for one in found[:: 1 + len(found) // 1000]:
             with contextlib.suppress(UserError):
-                return read_frames(one, self.layout, None, self.vocabulary).shape[1]
-        return 1
+                shape, _, dtype, _ = header(one)
+                books = shape[-1 if self.layout == "frames_books" else 0] if len(shape) == 2 and all(shape) else 0
+                counts[books] += dtype.kind in "iu" and 0 < books <= MOST_BOOKS
+        books, files = counts.most_common(1)[0] if counts else (1, 0)
+        return books if files else 1
 
     def _use(self, codec: Any) -> None:
         if isinstance(codec, CodeFrames):  # known once files have been looked at

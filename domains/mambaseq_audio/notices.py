@@ -48,7 +48,7 @@ class Notices:
     def __init__(self, generated: bool = False) -> None:
         self._lock, self._generated = threading.Lock(), generated
         self.beyond: Counter[str] = Counter()
-        self.peak = 1.0
+        self.peaks: dict[str, float] = {}
         self.clipped: dict[str, float] = {}
         self.silent: list[str] = []
         self.cancelled: dict[str, float] = {}
@@ -75,7 +75,7 @@ class Notices:
         with self._lock:
             if heard.floats and heard.loud:
                 self.beyond[heard.path] += heard.loud
-                self.peak = max(self.peak, heard.peak)
+                self.peaks[heard.path] = max(self.peaks.get(heard.path, 1.0), heard.peak)
             elif not heard.floats and heard.loud >= _CLIPPED * heard.values > 0:
                 self.clipped[heard.path] = heard.loud / heard.values
             if heard.peak == 0:
@@ -89,12 +89,12 @@ class Notices:
         if self.beyond:
             path, count = self.beyond.most_common(1)[0]
             logger.warning(
-                "Float files with samples beyond full scale, which are clipped: %s (%s samples of %s; the peak is "
+                "Float files with samples beyond full scale, which are clipped: %s (%s samples of %s; its peak is "
                 "%.3g). Lower their volume if this is not intended.",
                 f"{len(self.beyond):,}",
                 f"{count:,}",
                 path,
-                self.peak,
+                self.peaks[path],
             )
         if self.clipped:
             path, share = max(self.clipped.items(), key=lambda item: item[1])

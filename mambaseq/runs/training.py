@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,14 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     check_processes(getattr(model.backbone, "context_parallel", 1), trainer.world_size)  # before others are started
     if isinstance(trainer.profiler, StepParts):  # type: ignore[attr-defined]
         trainer.profiler.watch(task)  # type: ignore[attr-defined]
+    with _undone_if_refused(folder, trainer) if begins and not resume else contextlib.nullcontext():
+        return _run(run, settings, trainer, record, begins, resume)
+
+
+def _run(
+    run: Training, settings: RunConfig, trainer: lightning.Trainer, record: DataRecord, begins: bool, resume: bool
+) -> Outcome:
+    folder, data, model = run.folder, run.data, run.task.model
     if begins:
         if resume and trainer.is_global_zero:
             say(folder, "there is no checkpoint yet; the run starts at its first step")
@@ -191,7 +202,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     elif (ended := _rest(run, settings, trainer)) is not None:
         return ended._replace(facts=Facts.of(model, data))
     if trainer.is_global_zero:
-        kept = finetune.frozen(model, 0)
+        kept = settings.finetune().frozen(model, 0)
         still = sum(p.numel() for name, p in model.named_parameters() if name in kept or not p.requires_grad)
         more = f", {still:,} of them frozen at first" if still else ""
         print(f"{folder.path}: {model.n_parameters():,} parameters{more}", flush=True)
@@ -200,6 +211,27 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
             print(f"{folder.path}: {told}", flush=True)
     with watch_processes(trainer):
         return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
+
+
+@contextlib.contextmanager
+def _undone_if_refused(folder: RunFolder, trainer: lightning.Trainer) -> Iterator[None]:
+    """A new run that is refused before its first step, by a callback or for its data, leaves nothing in its folder."""
+    before = set(folder.path.iterdir())
+    try:
+        yield
+    except UserError:
+        if trainer.is_global_zero and trainer.global_step == 0 and not folder.last.exists():
+            for path in set(folder.path.iterdir()) - before:
+                _remove_all(path)
+        raise
+
+
+def _remove_all(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _left_out_told(data: SequenceData, folder: RunFolder) -> str:

@@ -132,6 +132,16 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert [stream.tolist() for stream in data.clips("train")] == [good.tolist()]
 
 
+def test_most_files_say_how_many_books_there_are(tmp_path: Path) -> None:
+    for name, books in {"a": 2, "b": 3, "c": 3, "d": 4}.items():
+        np.save(tmp_path / f"{name}.npy", np.ones((5, books), dtype=np.int64))
+    with pytest.raises(DataError, match=r"2 of 4 recordings cannot be used: .*a\.npy' \(has 2 book.*but 3 are wanted"):
+        CodeData(files=str(tmp_path), vocabulary=20).setup()
+    data = CodeData(files=str(tmp_path), vocabulary=20, skip_bad=True)
+    data.setup()
+    assert (data.n_codes, len(data.clips("train"))) == (3, 2)
+
+
 def _missing(folder: Path) -> list:
     (folder / "list.csv").write_text("file\nmissing.npy\n")
     return list(read_codes(folder / "list.csv", CodeFrames(3, 20)))

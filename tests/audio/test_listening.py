@@ -19,7 +19,7 @@ from pages import blocks
 
 from mambaseq.cli.main import main
 from mambaseq.conditions import Condition
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, DataError
 from mambaseq.plain import parse_yaml
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.resources import share
@@ -141,6 +141,13 @@ def test_a_resumed_run_goes_on_and_a_clip_that_fails_ends_nothing(
 def test_what_makes_no_sound_is_refused_before_the_first_step(config: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="validation set, and there is none"):
         fit(config, RunFolder(tmp_path / "none"), [WITH, "--data.validation="], progress=False)
+    assert not (tmp_path / "none").exists()  # a later command does not look for its checkpoint
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="fewer than one batch of 100"):
+        fit(config, RunFolder(tmp_path / "mine"), ["--loader.batch_size=100"], progress=False)
+    assert {path.name for path in (tmp_path / "mine").iterdir()} <= {"notes.txt", ".lock"}
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
     with pytest.raises(ConfigError, match=r"trainer.callbacks\[0\].*n must be 1 to 16; it is 99"):
         parse_config(config, [WITH.replace('"n": 2', '"n": 99')])
     written = parse_yaml(DOCS.read_text().partition("```yaml\n")[2].partition("```")[0], "the page")

@@ -249,10 +249,13 @@ def test_a_flac_of_unknown_length(tmp_path: Path, tone: np.ndarray) -> None:
 def test_samples_beyond_full_scale_are_told(tmp_path: Path, tone: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
     soundfile.write(tmp_path / "loud.wav", 3 * tone, 8000, subtype="FLOAT")
     soundfile.write(tmp_path / "fine.wav", tone, 8000, subtype="FLOAT")
-    assert len(list(read_audio(tmp_path, MuLaw(), sample_rate=8000))) == 2
+    click = tone.copy()
+    click[5] = 7.0
+    soundfile.write(tmp_path / "click.wav", click, 8000, subtype="FLOAT")
+    assert len(list(read_audio(tmp_path, MuLaw(), sample_rate=8000))) == 3
     (line,) = caplog.messages
     count = int((np.abs(3 * tone) > 1).sum())
-    assert f"which are clipped: 1 ({count:,} samples of {tmp_path}/loud.wav; the peak is 1.5)" in line
+    assert f"which are clipped: 2 ({count:,} samples of {tmp_path}/loud.wav; its peak is 1.5)" in line
     caplog.clear()
     read_signal(tmp_path / "fine.wav", 8000)
     assert not caplog.messages
