@@ -256,15 +256,9 @@ class ClipData(SequenceData):
             )
         matches = [pattern.search(composed(one.path.stem)) for one in found]
         if strays := [str(one) for one, match in zip(found, matches, strict=True) if match is None]:
-            single = len(strays) == 1
-            names = (
-                f"The name of {strays[0]} does"
-                if single
-                else f"The names of {len(strays):,} of {len(found):,} files do"
-            )
             raise DataError(
-                f"{names} not match data.pattern, {typed(self.pattern)}{'' if single else f': {cut_list(strays, 5)}'}. "
-                f"Change the pattern, or narrow data.files so that it leaves {'this file' if single else 'these files'} out."
+                f"{len(strays):,} of {len(found):,} names do not match data.pattern, {typed(self.pattern)}: "
+                f"{cut_list(strays, 5)}. Change the pattern, or narrow data.files so that it leaves such files out."
             )
         groups = []
         for recording, match in zip(found, matches, strict=True):
