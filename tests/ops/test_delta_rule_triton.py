@@ -113,6 +113,8 @@ def test_kernels_walk_parts_of_long_sequences_at_once(channels: bool, monkeypatc
     made = sized("parts", 1, 330, 1, 20, 24, 0, 0, 40, 330, channels=channels)
     assert_near(made._replace(reverse=channels), torch.bfloat16, PLACE)
     assert len(parts) >= 3  # the forward pass, states again, the backward pass
+    _, final = TRITON.run(moved(as_dtype(made, torch.bfloat16), PLACE))
+    assert final.untyped_storage().nbytes() == final.nbytes  # it keeps no others alive
 
 
 def test_kernels_walk_in_parts_where_they_have_nothing_else_to_do() -> None:

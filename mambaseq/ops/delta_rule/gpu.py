@@ -207,7 +207,8 @@ class _Call:
         kept: tuple[Tensor, Tensor],
     ) -> Tensor | None:
         """Take states through all chunks by a walk; returns those at the ends. Long sequences that are few are walked
-        in parts at once, after a walk that finds what each makes of a state."""
+        in parts at once, after a walk that finds what each makes of a state; these are joined as PyTorch is told to
+        multiply float32."""
         blocks = self.blocks(shape)
         programs = self.n_sequences * self.heads
         rows, both = (-(-n // blocks["BLOCK_P"]) for n in (self.d_value, self.d_value + self.d_key))
@@ -233,7 +234,8 @@ class _Call:
                 torch.baddbmm(of[:, : self.d_value], before, of[:, self.d_value :], out=after)
         end = room(parts, *shape_of_ends) if wants_end else None
         launch(parts * programs * rows, starts, end, kept, MAPS=False)
-        return None if end is None else end[-1]
+        # a state that is kept is not to keep those of all parts
+        return None if end is None else end.squeeze(0) if parts == 1 else end[-1].clone()
 
 
 def _strided(value: Tensor | None) -> tuple[Any, ...]:

@@ -106,8 +106,9 @@ def _span(bounds, s, sequences, chunks_of_row, part, PARTS: tl.constexpr):
     else:
         begin, n = tl.load(bounds + s), tl.load(bounds + sequences + s)
     if PARTS > 1:
-        before = n * part // PARTS
-        begin, n = begin + before, n * (part + 1) // PARTS - before
+        more = n % PARTS  # of the parts have a chunk more
+        begin += n // PARTS * part + tl.minimum(part, more)
+        n = n // PARTS + tl.where(part < more, 1, 0)
     return begin, n
 
 
