@@ -42,7 +42,8 @@ PROVIDED = {
 
 
 _SECTION = re.compile(rf"{'|'.join(GROUPS)}|model\.({'|'.join(MODEL_PARTS)}|mixers(\.[^.]+)?)")
-_PART = re.compile(rf"data|model\.({'|'.join(MODEL_PARTS)}|mixers\.[^.]+)")
+_PART = re.compile(rf"data|optimizer|model\.({'|'.join(MODEL_PARTS)}|mixers\.[^.]+)")  # sections that have a name
+_DEFAULTS = {**MODEL_PARTS, "optimizer": "adamw"}
 _FILES = 100  # below a configuration
 
 
@@ -118,17 +119,27 @@ def _base(name: str, path: Path) -> Path:
 
 def laid_over(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
     """Settings over those of a base: sections setting by setting, every other value as a whole. A part (the data, a
-    mixer) that is given another name begins anew, since options of the same name mean something else there."""
+    mixer, the optimizer) that is given another name begins anew, since options of the same name mean something else
+    there, as do the `tokenizer_options` of another `tokenizer`. null takes a section of the base away."""
     found = dict(under)
     for name, value in over.items():
         whole, below = f"{key}.{name}" if key else name, under.get(name)
+        if takes_away(value, whole, below):
+            del found[name]
+            continue
         if isinstance(value, Mapping) and isinstance(below, Mapping) and _SECTION.fullmatch(whole):
-            default = MODEL_PARTS.get(name, name)
-            former = below.get("name", default)
+            former = below.get("name", _DEFAULTS.get(name, name))
             anew = _PART.fullmatch(whole) and value.get("name", former) != former
             value = value if anew else laid_over(below, value, whole)
+        elif below is not None and below != value and f"{name}_options" not in over:
+            found.pop(f"{name}_options", None)
         found[name] = value
     return found
+
+
+def takes_away(value: Any, key: str, below: Any) -> bool:
+    """Whether what stands under a whole key takes away the section that a base has there (`below`)."""
+    return value is None and isinstance(below, Mapping) and _SECTION.fullmatch(key) is not None
 
 
 def config_of(config: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaseq.errors import ConfigError, UserError, cut, did_you_mean, shown
-from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP, laid_over, read_layers
+from mambaseq.runs.naming import GROUPS, MODEL_PARTS, TOP, laid_over, read_layers, takes_away
 from mambaseq.runs.trainer_classes import KEYS, names_class
 
 
@@ -24,12 +24,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     raw: dict[str, Any] = {}
     for file, settings in layers:
-        _check(settings, file)
+        _check(settings, file, raw)
         raw = laid_over(raw, settings)
     return raw
 
 
-def _check(raw: dict[str, Any], path: Path) -> None:
+def _check(raw: dict[str, Any], path: Path, under: dict[str, Any]) -> None:
+    """under: what the bases have, which alone can be taken away."""
     for key, value in raw.items():
         if key not in TOP:
             known = (*TOP, "base")
@@ -37,20 +38,21 @@ def _check(raw: dict[str, Any], path: Path) -> None:
                 f"{path}: there is no key {shown(key)}.{did_you_mean(key[:80], known)} Known: {', '.join(known)}."
             )
         if key in GROUPS:
-            _require_settings(value, key, path)
+            _require_settings(value, key, path, under.get(key))
+    model, below = raw.get("model") or {}, under.get("model") or {}
     for part in (*MODEL_PARTS, "mixers"):
-        if part in raw.get("model", {}):
-            _require_settings(raw["model"][part], f"model.{part}", path)
-    for name, options in raw.get("model", {}).get("mixers", {}).items():
-        _require_settings(options, f"model.mixers.{name[:80]}", path)
+        if part in model:
+            _require_settings(model[part], f"model.{part}", path, below.get(part))
+    below = below.get("mixers") or {}
+    for name, options in (model.get("mixers") or {}).items():
+        _require_settings(options, f"model.mixers.{name[:80]}", path, below.get(name))
     _refuse_classes({key: value for key, value in raw.items() if key != "trainer"}, "", str(path))
-    _refuse_classes(
-        {key: value for key, value in raw.get("trainer", {}).items() if key not in KEYS}, "trainer", str(path)
-    )
+    trainer = raw.get("trainer") or {}
+    _refuse_classes({key: value for key, value in trainer.items() if key not in KEYS}, "trainer", str(path))
 
 
-def _require_settings(value: Any, key: str, path: Path) -> None:
-    if not isinstance(value, dict):
+def _require_settings(value: Any, key: str, path: Path, below: Any) -> None:
+    if not isinstance(value, dict) and not takes_away(value, key, below):
         raise ConfigError(
             f"{path}: {key} must hold settings ({key}.KEY), not {shown(value)}. Leave it out for its defaults."
         )

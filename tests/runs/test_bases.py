@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ import yaml
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
+from mambaseq.runs import naming
+from mambaseq.runs.config import SECTIONS
 from mambaseq.runs.parsing import parse_config
 from mambaseq.runs.settings import read_settings
+from mambaseq.tasks.optimizer import OptimizerConfig
+from mambaseq.tasks.task import LengthWarmup
 
 WHOLE = """
 seed: 3
@@ -78,6 +83,63 @@ def test_a_part_of_another_name_begins_anew(folder: Path) -> None:
     assert read_settings(again)["model"]["mixer"] == {"d_state": 4, "name": "mamba", "d_conv": 2}
 
 
+def test_an_optimizer_of_another_name_begins_anew(folder: Path) -> None:
+    over(folder, "optimizer: {lr: 3.0e-3, beta1: 0.8, beta2: 0.99}\n", "rates.yaml")  # of adamw, which is not named
+    path = over(folder, "base: [whole.yaml, rates.yaml]\noptimizer: {name: muon, lr: 0.02}\n")
+    assert read_settings(path)["optimizer"] == {"name": "muon", "lr": 0.02}
+    over(folder, "optimizer: {name: adamw, lr: 0.02}\n", "same.yaml")
+    path = over(folder, "base: [rates.yaml, same.yaml]\n")
+    assert read_settings(path)["optimizer"] == {"name": "adamw", "lr": 0.02, "beta1": 0.8, "beta2": 0.99}
+    path = over(folder, "base: text/pile\noptimizer: {name: muon}\n")
+    assert parse_config(str(path), []).settings["optimizer"] == dataclasses.asdict(OptimizerConfig("muon"))
+
+
+def test_defaults_and_names_of_sections_are_those_of_their_classes() -> None:
+    """Of what is laid over without a look at the classes."""
+    assert naming._DEFAULTS["optimizer"] == OptimizerConfig().name
+    named = [key for key, kind in SECTIONS.items() if any(field.name == "name" for field in dataclasses.fields(kind))]
+    assert [key for key in SECTIONS if naming._PART.fullmatch(key)] == named == ["optimizer"]
+
+
+def test_options_of_another_tokenizer_are_left(folder: Path) -> None:
+    over(folder, "data: {name: text/documents, tokenizer: text/hf, tokenizer_options: {path: a}}\n", "short.yaml")
+    for text, options in (
+        ("{tokenizer: text/bytes}", {}),
+        ("{tokenizer: text/hf}", {"tokenizer_options": {"path": "a"}}),
+        ("{tokenizer: text/bpe, tokenizer_options: {path: b}}", {"tokenizer_options": {"path": "b"}}),
+        ("{tokenizer_options: {path: b}, tokenizer: text/bpe}", {"tokenizer_options": {"path": "b"}}),
+    ):
+        read = read_settings(over(folder, f"base: short.yaml\ndata: {text}\n"))["data"]
+        assert {key: value for key, value in read.items() if key == "tokenizer_options"} == options, text
+
+
+def test_null_takes_a_section_of_a_base_away(folder: Path) -> None:
+    over(folder, "length_warmup: {start: 8, steps: 2}\nloader: {batch_size: 2}\n", "warm.yaml")
+    path = over(
+        folder,
+        "base: [whole.yaml, warm.yaml]\n"
+        "length_warmup: null\ntrainer:\n"
+        "model: {mixer: null, mixers: {inside: null}, backbone: {pattern: [mamba, s4d]}}\n",
+    )
+    expected = yaml.safe_load(WHOLE) | {"loader": {"batch_size": 2}}
+    del expected["trainer"], expected["model"]["mixer"], expected["model"]["mixers"]["inside"]
+    expected["model"]["backbone"]["pattern"] = ["mamba", "s4d"]
+    assert read_settings(path) == expected
+    run = parse_config(str(path), [])
+    assert run.settings["length_warmup"] == dataclasses.asdict(LengthWarmup())
+    assert run.settings["model"]["mixer"]["name"] == "mamba"
+    naming.check_names(["--trainer.max_steps=1"], "mambaseq fit", [], str(path))
+    settings = read_settings(over(folder, "base: whole.yaml\nmodel: {backbone: {pattern: null}}\n", "value.yaml"))
+    assert settings["model"]["backbone"]["pattern"] is None  # of a setting it is a value
+    over(folder, "base: over.yaml\nlength_warmup: {steps: 3}\n", "again.yaml")
+    assert read_settings(folder / "again.yaml")["length_warmup"] == {"steps": 3}
+    path = over(folder, "model: null\n", "without.yaml")
+    assert "model" not in read_settings(over(folder, "base: [whole.yaml, without.yaml]\n"))
+    over(folder, "data: null\n", "without.yaml")
+    with pytest.raises(ConfigError, match=r"needs data\.name"):
+        parse_config(str(over(folder, "base: [whole.yaml, without.yaml]\n")), [])
+
+
 def test_later_bases_lie_over_earlier_ones(folder: Path) -> None:
     over(folder, "base: ../whole.yaml\nseed: 4\nloader: {batch_size: 3}\n", "parts/one.yaml")
     over(folder, "seed: 5\noptimizer: {lr: 1.0e-2}\n", "parts/other.yaml")
@@ -113,6 +175,14 @@ def test_registered_and_shipped_files_are_bases(tmp_path: Path, monkeypatch: pyt
         ("base:\n", r"over\.yaml: base must name"),
         ("base: over.yaml\n", r"over\.yaml is a base of itself"),
         ("base: back.yaml\n", r"over\.yaml is a base of itself"),
+        (
+            "base: whole.yaml\nlength_warmup:\n",
+            r"over\.yaml: length_warmup must hold settings .*not null",
+        ),
+        ("base: whole.yaml\nmodel: {head: null}\n", r"over\.yaml: model\.head must hold settings"),
+        ("base: whole.yaml\nmodel: {mixers: {other: null}}\n", r"over\.yaml: model\.mixers\.other must hold settings"),
+        ("base: [away.yaml, whole.yaml]\n", r"away\.yaml: trainer must hold settings"),
+        ("trainer:\n", r"over\.yaml: trainer must hold settings .*Leave it out for its defaults"),
         ("base: wrong.yaml\n", r"wrong\.yaml: model must hold settings"),
         ("base: unknown.yaml\n", r"unknown\.yaml: there is no key 'bases'\. Did you mean 'base'\?"),
         ("base: text.yaml\n", r"text\.yaml, line 2, is not valid YAML"),
@@ -123,6 +193,7 @@ def test_registered_and_shipped_files_are_bases(tmp_path: Path, monkeypatch: pyt
 def test_mistakes_name_their_file(folder: Path, text: str, message: str) -> None:
     over(folder, "base: over.yaml\n", "back.yaml")
     over(folder, "model: 3\n", "wrong.yaml")
+    over(folder, "trainer: null\n", "away.yaml")
     over(folder, "bases: whole.yaml\n", "unknown.yaml")
     over(folder, "a: [1\n", "text.yaml")
     for n in range(10):
