@@ -21,6 +21,7 @@ class Told:
         self.what, self.said = what, False
         self._lock = threading.Lock()
         self._inside, self._since, self._before = 0, 0.0, 0.0
+        self._counts = False
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> None:
@@ -36,12 +37,19 @@ class Told:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self, *, counts: bool = True) -> None:
+        """End what was entered. counts: whether it was the thing after all, whose time adds up with others'."""
         with self._lock:
             self._inside -= 1
+            self._counts |= counts
             if self._inside == 0 and self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-                self._before += time.monotonic() - self._since
+                if self._counts:
+                    self._before += time.monotonic() - self._since
+                self._counts = False
 
     def _say(self) -> None:
         with self._lock:

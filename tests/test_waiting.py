@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +63,27 @@ def test_many_short_ones_take_long_together(monkeypatch: pytest.MonkeyPatch) -> 
     assert time.monotonic() - begun > 0.4
 
 
+def test_what_was_another_thing_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    monkeypatch.setattr(waiting, "_PATIENCE", 0.5)
+    told = Told("many things")
+    for _ in range(12):
+        told.__enter__()
+        time.sleep(0.05)
+        told.leave(counts=False)
+    assert (told._before, terminal.getvalue()) == (0.0, "")
+    told.__enter__()
+    told.__enter__()
+    time.sleep(0.05)
+    told.leave()  # of one in it that counts, so does the whole
+    told.leave(counts=False)
+    assert 0.05 <= told._before < 0.5
+    before = told._before
+    told.__enter__()
+    told.leave(counts=False)
+    assert told._before == before
+
+
 def test_nothing_is_said_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "_PATIENCE", 0.0)
     monkeypatch.setattr("sys.stderr", found := io.StringIO())
@@ -89,36 +112,69 @@ def doubled_by_triton(x, n):
     x += n
 
 
-def test_kernels_that_triton_compiles_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its own steps before and after a kernel is compiled, which takes a GPU."""
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compiles one of Triton by `kernel.compile`, between Triton's own steps before and after it, which take a GPU."""
     triton = pytest.importorskip("triton")
-    terminal = terminal_of(monkeypatch)
-    monkeypatch.setattr(waiting, "_PATIENCE", 0.2)
     monkeypatch.setattr(compiling_for_gpu, "told", Told(compiling_for_gpu.told.what))
-    for name in ("jit_cache_hook", "jit_post_compile_hook"):
-        monkeypatch.setattr(triton.knobs.runtime, name, None)
+    for knobs, name in (
+        (triton.knobs.runtime, "jit_cache_hook"),
+        (triton.knobs.runtime, "jit_post_compile_hook"),
+        (triton.knobs.compilation, "listener"),
+    ):
+        monkeypatch.setattr(knobs, name, None)
     compiling_for_gpu.tell_of_triton()
-    backend = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    made = triton.runtime.jit.JITFunction(doubled_by_triton)
+    made.ASTSource = lambda *_: None
+    made.device_caches[0] = {}, {}, triton.backends.compiler.GPUTarget("cuda", 90, 32), None, None
+    return made
+
+
+def compile_with(kernel: Any, compiles: Callable[[], Any]) -> None:
     options = SimpleNamespace(num_warps=4, num_ctas=1, num_stages=3, enable_fp_fusion=True,
                               launch_cooperative_grid=False, extern_libs=())  # fmt: skip
-    kernel = triton.runtime.jit.JITFunction(doubled_by_triton)
-    compiled: list[float] = []
+    kernel.compile = lambda *_, **__: compiles()
+    key = (("x",), (("*fp32", ""), ("i32", "")))
+    kernel._do_compile(key, {"x": "*fp32", "n": "i32"}, 0, {}, options, {}, False)
 
-    def compiles(*_: Any, **__: Any) -> str:
-        time.sleep(compiled.pop())
-        return "a kernel"
 
-    kernel.compile = compiles
-    kernel.ASTSource = lambda *_: None
-    kernel.device_caches[0] = {}, {}, backend, None, None
-    signature = {"x": "*fp32", "n": "i32"}
-    for seconds, said in ((0.0, 0), (0.5, 1), (0.5, 1)):  # from the disk; anew; once
-        compiled.append(seconds)
-        key = (("x",), (("*fp32", ""), ("i32", "")))
-        assert kernel._do_compile(key, signature, 0, {}, options, {}, False) == "a kernel"
-        assert not compiled
+def test_kernels_that_triton_compiles_are_said(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = terminal_of(monkeypatch)
+    monkeypatch.setattr(waiting, "_PATIENCE", 0.2)
+    for seconds, said in ((0.0, 0), (0.5, 1), (0.5, 1)):  # at once; slowly; once
+        compile_with(kernel, functools.partial(time.sleep, seconds))
         assert terminal.getvalue().count("mambaseq: kernels for the GPU are compiled") == said
     assert compiling_for_gpu.told._inside == 0
+
+
+def test_kernels_that_triton_finds_on_the_disk_do_not_count(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(waiting, "_PATIENCE", 1e4)  # after the line no time is taken
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    source = triton.compiler.ASTSource(
+        triton.runtime.jit.JITFunction(doubled_by_triton), {"x": "*fp32", "n": "i32"}, {}
+    )
+    times = []
+    for _ in range(3):
+        compile_with(kernel, lambda: triton.compile(source, target=target))
+        times.append(compiling_for_gpu.told._before)
+    assert 0 < times[0] == times[1] == times[2]
+
+
+def test_a_kernel_that_cannot_be_compiled_ends(kernel: Any) -> None:
+    def fails() -> None:
+        raise ValueError("no kernel")
+
+    told = compiling_for_gpu.told
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no kernel"):
+            compile_with(kernel, fails)
+        assert told._inside == 1
+    compile_with(kernel, lambda: None)
+    assert (told._inside, told._timer, told.said) == (0, None, False)
 
 
 def test_who_listens_to_triton_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
