@@ -27,18 +27,15 @@ class Arguments(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's, but an empty name of a file or folder is refused: it would be the folder one stands in."""
         self._given = sys.argv[1:] if args is None else list(args)
-        parsed, left = super().parse_known_args(args, namespace)
-        if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in self._given):
-            self._check_not_empty(parsed)
-        return parsed, left
+        return super().parse_known_args(args, namespace)
 
-    def _check_not_empty(self, parsed: argparse.Namespace) -> None:
-        for action in self._actions:
-            value = getattr(parsed, action.dest, None)
-            values = value if isinstance(value, list) else [value]
-            if _PLACE.search(str(action.metavar or action.dest)) and any(one in ("", Path()) for one in values):
-                named = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
-                raise ConfigError(f"{named} is empty. Give a name; a variable of the shell that is not set is empty.")
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Of the words that an option was given, before they are paths: those of "" and "." are the same."""
+        inner = isinstance(action, argparse._SubParsersAction)  # of its own options
+        if not inner and "" in arg_strings and _PLACE.search(str(action.metavar or action.dest)):
+            named = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
+            raise ConfigError(f"{named} is empty. Give a name; a variable of the shell that is not set is empty.")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
     def _refuse(self, left: list[str]) -> NoReturn:
         options = [text.partition("=")[0] for text in left if text.startswith("-") and text.strip("-")]

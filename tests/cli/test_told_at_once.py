@@ -112,6 +112,9 @@ WORDS = [
     ("data audit ''", "CONFIG is empty."),
     ("runs ''", "FOLDER is empty."),
     ("audio/compare runs/dna-demo --out ''", "--out is empty."),
+    ("bench decode --json . --picture ''", "--picture is empty."),
+    ("bench decode --json '' --picture .", "--json is empty."),
+    ("runs . ''", "FOLDER is empty."),
     # options
     ("fit --confg dna/demo", "there is no key or option '--confg'", "Did you mean '--config'?"),
     ("generate --chekpoint x", "there is no option --chekpoint", "Did you mean '--checkpoint'?"),
