@@ -92,13 +92,15 @@ def _check_files(folder: Path, card: ModelCard) -> None:
             )
 
 
-def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Load tensors by name. Raises UserError that names the file and the tensors, if some do not fit, are not finite,
-    or differ although the model shares one tensor."""
+def load_weights(model: SequenceModel, tensors: dict[str, torch.Tensor], source: Path, remedy: str = "") -> None:
+    """Load tensors by name. remedy: for weights from elsewhere, in place of advice on the training that made them.
+
+    Raises UserError that names the file and the tensors, if some do not fit, are not finite, or differ although the
+    model shares one tensor."""
     own = model.state_dict()
-    tensors = _fitting(model, own, tensors, source)
+    tensors = _fitting(model, own, tensors, source, remedy)
     for name in own:
-        _check_finite(name, tensors[name], source)
+        _check_finite(name, tensors[name], source, remedy)
     model.load_state_dict(tensors)
 
 
@@ -109,15 +111,17 @@ def assign_weights(
     source: Path,
     dtype: torch.dtype | Literal["keep"] | None,
     device: str | torch.device = "cpu",
+    remedy: str = "",
 ) -> None:
     """Give a model whose parameters have no values yet its weights, some at a time, each copied once, to the device.
 
     described: all of them, whose values are not read. parts: all of them, each in one part, which is not used any more
         when the next one is asked for. dtype: of parameters that are floating-point, but what is `staying`; "keep" for
-        each one's own in the file, but float32 for float64; None for the model's.
+        each one's own in the file, but float32 for float64; None for the model's. remedy: see `load_weights`.
     Raises what `load_weights` raises. Tensors of the model that are no weights stay as they are.
     """
-    _fitting(model, model.state_dict(), {name: tensor.to("meta") for name, tensor in described.items()}, source)
+    there = {name: tensor.to("meta") for name, tensor in described.items()}
+    _fitting(model, model.state_dict(), there, source, remedy)
     further, places, wide = further_names(model), _places(model), staying(model)
     given: dict[str, torch.nn.Parameter | torch.Tensor] = {}  # what has several names, which may all be stored
     several = {name for pair in further.items() for name in pair}
@@ -128,7 +132,7 @@ def assign_weights(
                 if not _equal(tensor, given[first]):
                     raise _differing(next(one for one, other in further.items() if other == first), first, source)
                 continue
-            _check_finite(name, tensor, source)
+            _check_finite(name, tensor, source, remedy)
             module, attribute = places[first][0]
             old = getattr(module, attribute)
             is_parameter = isinstance(old, torch.nn.Parameter)
@@ -176,7 +180,11 @@ def _differing(name: str, earlier: str, source: Path) -> UserError:
 
 
 def _fitting(
-    model: SequenceModel, own: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor], source: Path
+    model: SequenceModel,
+    own: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    remedy: str,
 ) -> dict[str, torch.Tensor]:
     """Tensors by the names that the model has them under. Raises UserError if they are not the model's."""
     for name, earlier in further_names(model).items():
@@ -200,43 +208,48 @@ def _fitting(
     problems = wrong + [f"{name} is missing" for name in missing] + [f"{name} is not in the model" for name in extra]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise UserError(
-            f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. Use the configuration "
-            "that they were trained with (d_model, n_layers, mixer, vocabulary), or train without them."
+        remedy = remedy or (
+            "Use the configuration that they were trained with (d_model, n_layers, mixer, vocabulary), or train "
+            "without them."
         )
+        raise UserError(f"The weights in {source} do not fit the model: {'; '.join(problems[:3])}{more}. {remedy}")
     return tensors
 
 
-def _check_finite(name: str, tensor: torch.Tensor, source: Path) -> None:
+def _check_finite(name: str, tensor: torch.Tensor, source: Path, remedy: str) -> None:
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if not values.is_floating_point():
         return
     values = values.float() if values.element_size() == 1 else values  # PyTorch compares no numbers of 8 bits
     if values.numel() and not all(end.isfinite() for end in values.aminmax()):  # NaN is both; no copy is made
-        raise UserError(
-            f"The weights in {source} hold values that are not finite numbers (in {name}): the run that made them "
-            f"diverged, or they were damaged. Use an earlier checkpoint, or train again with a lower optimizer.lr."
+        why = (
+            f"they are damaged, or were published so. {remedy}"
+            if remedy
+            else "the run that made them diverged, or they were damaged. Use an earlier checkpoint, or train again "
+            "with a lower optimizer.lr."
         )
+        raise UserError(f"The weights in {source} hold values that are not finite numbers (in {name}): {why}")
 
 
-def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path, names: Iterable[str] | None = None, remedy: str = "") -> dict[str, torch.Tensor]:
     """All tensors of a file, or those with these names. They lie in the mapped file, which is read where they are used;
-    its memory is returned when the last of them is gone. Raises UserError when it is damaged."""
+    its memory is returned when the last of them is gone. Raises UserError when it is damaged; remedy: see
+    `load_weights`."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except (SafetensorError, OSError) as error:
-        raise cannot_be_read(path, error) from error
+        raise cannot_be_read(path, error, remedy) from error
 
 
-def described_in(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file on the meta device, without values. Raises UserError when it is damaged."""
-    return {name: tensor.to("meta") for name, tensor in read_safetensors(path).items()}
+def described_in(path: Path, remedy: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a file on the meta device, without values. Raises what `read_safetensors` raises."""
+    return {name: tensor.to("meta") for name, tensor in read_safetensors(path, remedy=remedy).items()}
 
 
-def cannot_be_read(path: Path, error: Exception) -> UserError:
-    """The error for weights that are damaged."""
-    return UserError(f"The weights in {path} cannot be read: {error}. Copy or export the model again.")
+def cannot_be_read(path: Path, error: Exception, remedy: str = "") -> UserError:
+    """The error for weights that are damaged. remedy: see `load_weights`."""
+    return UserError(f"The weights in {path} cannot be read: {error}. {remedy or 'Copy or export the model again.'}")
 
 
 def has_model(path: str | Path) -> bool:

@@ -27,6 +27,7 @@ from mambaseq.limits import HUB_FILES
 from mambaseq.models import SequenceModel, build_model
 
 _DESCRIPTION, _WEIGHTS, _README = "model.json", "model.safetensors", "README.md"
+_EITHER = "The model (model.json, or a published one's config.json)"  # one of both is looked for
 _PATIENCE = 5.0  # seconds until the Hub must have answered
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -98,14 +99,11 @@ def download(repository: str, **options: Any) -> Path:
         )
     hub = _Hub.of(repository, options)
     try:
-        description = hub.fetch(_DESCRIPTION)
+        description = hub.fetch(_DESCRIPTION, _EITHER)
     except UserError as error:
         if not _is_absent(error.__cause__):
             raise
-        try:
-            return _published(hub)
-        except UserError as other:
-            raise error if _is_absent(other.__cause__) else other from None
+        return _published(hub)
     card = read_card(description)
     HUB_FILES.check(len(card.sha256), f"{_DESCRIPTION} of {repository}")
     if _WEIGHTS not in card.sha256:
@@ -125,9 +123,9 @@ _NEOX = "EleutherAI/gpt-neox-20b"  # the tokenizer of state-spaces' models, whic
 def _published(hub: _Hub) -> Path:
     """The folder of a published model: config.json, weights in the first form that is there, and the tokenizer.
 
-    Raises UserError, for a missing config.json with the Hub's error as cause.
+    Raises UserError.
     """
-    folder = hub.fetch("config.json").parent
+    folder = hub.fetch("config.json", _EITHER).parent
     weights = next((path for name in WEIGHTS if (path := hub.fetch_if_there(name))), None)
     if weights is None:
         raise UserError(f"{hub.repository} has none of {cut_list(WEIGHTS)}. Name another repository.")
@@ -245,8 +243,9 @@ class _Hub(NamedTuple):
             return cls(repository, {**options, "local_files_only": True}, why)
         return cls(repository, options)
 
-    def fetch(self, name: str) -> Path:
-        """A file. Raises UserError if it cannot be had, with the library's error as cause."""
+    def fetch(self, name: str, called: str = "") -> Path:
+        """A file. called: in the error, in place of its name. Raises UserError if it cannot be had, with the library's
+        error as cause."""
         try:
             return Path(_hub().hf_hub_download(self.repository, name, **self.options))
         except Exception as error:  # errors of the Hub, the network and the disk have many types
@@ -260,8 +259,8 @@ class _Hub(NamedTuple):
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 remedy = "Check the name, the revision, the token and the connection"
             raise UserError(
-                f"{name} of {shown(self.repository)} cannot be downloaded from the Hugging Face Hub ({reason}). "
-                f"{remedy}; there is no local folder of that name."
+                f"{called or name} of {shown(self.repository)} cannot be downloaded from the Hugging Face Hub "
+                f"({reason}). {remedy}; there is no local folder of that name."
             ) from error
 
     def fetch_if_there(self, name: str) -> Path | None:

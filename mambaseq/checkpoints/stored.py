@@ -3,10 +3,12 @@ never run. Tensors are read some at a time, so that a large model needs little m
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,14 @@ WEIGHTS = tuple(f"{name}{kind}" for name in ("model.safetensors", "pytorch_model
 """The files in which weights may be, or that list the parts; the first one that is there counts."""
 
 REMEDY = "Download it again, from the same place as the weights."
+REMEDY_OF_WEIGHTS = (
+    "Download them again, with the config.json that belongs to them, or compare their SHA-256 with the publisher's."
+)
+"""For weights that were not trained here: damaged, incomplete or not finite."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+
+logger = logging.getLogger(__name__)
 
 _CALLED = re.compile(r"GLOBAL (\S+)")  # what a pickle would call or make, in PyTorch's refusal
 
@@ -70,6 +80,29 @@ class StoredWeights:
         return found
 
 
+def check_quantised(tensors: Mapping[str, Tensor], source: Path, told: Any, config: Path) -> None:
+    """Raise UserError for weights in whole numbers or 8 bits, which mean nothing without a scale; say that the setting
+    is left out where they are not.
+
+    tensors: those that hold weights, by their names in the file. told: `quantization_config` of the configuration, None
+    where it has none.
+    """
+    method = told.get("quant_method") if isinstance(told, dict) else told
+    by = "" if told is None else f" (quantization_config in {config.name}: {shown(method)})"
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise UserError(
+                f"{source}: {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}: the weights are quantised"
+                f"{by}, and only those in 16 or 32 bits can be loaded. Download the checkpoint that was not quantised."
+            )
+    if told is not None:
+        logger.warning(
+            "%s has a quantization_config (%s), but the weights beside it are not quantised: it is left out.",
+            config,
+            shown(method),
+        )
+
+
 def _parts(source: Path) -> list[Path]:
     """The files of weights: one, or those that an index lists. Raises UserError for an index that is none, or that
     names what is not beside it."""
@@ -97,7 +130,7 @@ def parts_in(index: Path) -> list[str]:
 def _read(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """names: only these."""
     if path.suffix == ".safetensors":
-        return read_safetensors(path, names)
+        return read_safetensors(path, names, REMEDY_OF_WEIGHTS)
     tensors = _read_bin(path)
     return tensors if names is None else {name: tensors[name] for name in names if name in tensors}
 
@@ -106,7 +139,7 @@ def _described(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, on the meta device."""
     if path.suffix != ".safetensors":
         return {name: tensor.to("meta") for name, tensor in _read_bin(path).items()}
-    return described_in(path)
+    return described_in(path, REMEDY_OF_WEIGHTS)
 
 
 def _check_unpacked(path: Path) -> None:

@@ -17,7 +17,7 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints import bamba
 from mambaseq.checkpoints.export import assign_weights, weights
 from mambaseq.checkpoints.forms import NotLoaded, no_form, one_for_all
-from mambaseq.checkpoints.stored import REMEDY, StoredWeights
+from mambaseq.checkpoints.stored import REMEDY, REMEDY_OF_WEIGHTS, StoredWeights, check_quantised
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, cut_list, shown
@@ -322,8 +322,11 @@ def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.
     """
     folder = Path(folder)
     config_path = config_in(folder)
-    options = _options(config_path)
+    options, quantisation = _options(config_path)
     stored = StoredWeights(folder)
+    check_quantised(
+        stored.described, stored.source, quantisation, config_path
+    )  # packed ones are fewer, and fit nothing
     with torch.device("meta"):  # without memory: the configuration may ask for far more than the weights have
         model = _made(config_path, options)
     asked, found = model.n_parameters(), sum(tensor.numel() for tensor in stored.described.values())
@@ -333,28 +336,16 @@ def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.
         )
     ours = bamba.from_transformers if bamba.is_bamba(stored.described) else from_upstream
     described = ours(stored.described)
-    _check_floating(described, stored.source)
     groups: dict[str, list[str]] = {}
     for name in stored.described:
         layer = _LAYER_NUMBER.search(name)
         groups.setdefault(layer[1] if layer else name, []).append(name)
     parts = (ours(stored.read(names)) for names in groups.values())
-    assign_weights(model, described, parts, stored.source, "keep" if keep_dtype else dtype)
+    assign_weights(model, described, parts, stored.source, "keep" if keep_dtype else dtype, remedy=REMEDY_OF_WEIGHTS)
     return model.eval()
 
 
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _check_floating(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Raise UserError for weights in whole numbers or 8 bits, which mean nothing without a scale."""
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (*_FLOATS, torch.complex64, torch.complex128):
-            raise UserError(
-                f"{source}: {shown(name)} is {str(tensor.dtype).removeprefix('torch.')}: the weights are quantised, "
-                "and only those in 16 or 32 bits can be loaded. Download the checkpoint that was not quantised."
-            )
 
 
 def config_in(folder: Path) -> Path:
@@ -364,14 +355,14 @@ def config_in(folder: Path) -> Path:
     return folder / "config.json"
 
 
-def _options(path: Path) -> dict[str, Any]:
-    """The arguments of `causal_lm` in a configuration file."""
+def _options(path: Path) -> tuple[dict[str, Any], Any]:
+    """The arguments of `causal_lm` in a configuration file, and its `quantization_config`, None where it has none."""
     try:
         YAML_BYTES.check(path.stat().st_size, str(path))
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise UserError("It holds no settings.")
-        return options_from_config(config)
+        return options_from_config(config), config.get("quantization_config")
     except KeyError as error:
         raise UserError(f"{path} has no {error}, which a Mamba's configuration needs. {REMEDY}") from error
     except NotLoaded as error:

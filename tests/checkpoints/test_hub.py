@@ -118,7 +118,7 @@ def test_what_is_on_the_hub_may_be_anybodys(hub: SimpleNamespace) -> None:
         assert not [name for name in hub.asked if ".." in name]
         assert len(hub.asked) <= 3
     with pytest.raises(
-        UserError, match=r"model\.json of 'me/none' cannot be downloaded .*the cache here has no such file"
+        UserError, match=r"config\.json\) of 'me/none' cannot be downloaded .*the cache here has no such file"
     ):
         from_pretrained("me/none")
     hub.asked.clear()
@@ -179,7 +179,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded .*hf download NAME"):
+    with pytest.raises(UserError, match=r"config\.json\) of 'me/none' cannot be downloaded .*hf download NAME"):
         SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
     assert not waited
 
@@ -254,7 +254,9 @@ def test_a_hub_that_is_down_is_asked_once_and_named(
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     down.answers["model.json"] = (status, b"")
-    with pytest.raises(UserError, match=rf"model\.json of 'me/none' cannot be .* answers {status}, .*try again later"):
+    with pytest.raises(
+        UserError, match=rf"config\.json\) of 'me/none' cannot be .* answers {status}, .*try again later"
+    ):
         SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
     with pytest.raises(UserError, match=rf"'me/none' cannot be downloaded anew: .* answers {status}"):
         SequenceModel.from_pretrained("me/none", cache_dir=tmp_path, force_download=True)

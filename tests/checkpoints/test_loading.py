@@ -135,12 +135,12 @@ def test_no_more_is_in_memory_than_the_model_and_a_tensor(
     before = {one.untyped_storage().data_ptr() for one in gc.get_objects() if issubclass(type(one), Tensor)}
     peak, own = 0, export._check_finite
 
-    def looking(name: str, tensor: Tensor, source: Path) -> None:
+    def looking(name: str, tensor: Tensor, source: Path, remedy: str) -> None:
         nonlocal peak
         # those of a mapped checkpoint are tensors, all of them, but not in memory
         mapped = sum(sizes) if ending == "checkpoint" else 0
         peak = max(peak, living(before) - mapped)
-        own(name, tensor, source)
+        own(name, tensor, source, remedy)
 
     monkeypatch.setattr(export, "_check_finite", looking)
     read: list[bool] = []

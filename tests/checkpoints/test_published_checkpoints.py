@@ -43,6 +43,7 @@ BAMBA = {
     **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "rope_theta": 100.0},
 }
 KINDS["bamba"] = BAMBA
+PUBLISHERS = "Download them again, .* compare their SHA-256 with the publisher's"
 CLASSES = {"bamba": "Bamba", "mamba": "Mamba", "falcon_mamba": "FalconMamba", "mamba2": "Mamba2"}
 
 
@@ -197,8 +198,13 @@ def small_tokenizer(folder: Path, size: int) -> None:
     ("spoil", "told"),
     [
         (lambda folder: small_tokenizer(folder, 200), r"makes 200 ids, but the model's vocabulary has 128"),
-        (lambda folder: nan(folder), r"not finite numbers \(in backbone\.layers\.0"),
-        (lambda folder: parts(folder)[1].write_bytes(b"\x00" * 40), r"model-2\.safetensors cannot be read"),
+        (lambda folder: spoiled(folder, torch.nan), rf"not finite numbers \(in backbone\.layers\.0.*{PUBLISHERS}"),
+        (lambda folder: spoiled(folder, -torch.inf), rf"not finite numbers \(in backbone\.layers\.0.*{PUBLISHERS}"),
+        (lambda folder: without(folder), rf"layers\.1\.mixer\.D is missing\. {PUBLISHERS}"),
+        (
+            lambda folder: parts(folder)[1].write_bytes(b"\x00" * 40),
+            rf"model-2\.safetensors cannot be read.*{PUBLISHERS}",
+        ),
         (lambda folder: cut(parts(folder)[1]), r"model-2\.safetensors cannot be read"),
         (lambda folder: parts(folder)[1].unlink(), r"names 'model-2\.safetensors', which is no file beside it"),
         (lambda folder: renamed(folder, "jamba"), r"a 'jamba' model, a hybrid of Mamba, attention and mixtures"),
@@ -206,10 +212,27 @@ def small_tokenizer(folder: Path, size: int) -> None:
         (lambda folder: renamed(folder, "llama"), r"a 'llama' model; only"),
         (
             lambda folder: eight_bits(folder),
-            r"'encoder.*' is int8: the weights are quantised",
+            r"'backbone.embeddings.weight' is int8: the weights are quantised, and only",
+        ),
+        (
+            lambda folder: packed(folder),
+            r"proj.weight' is uint8: the weights are quantised \(quantization_config in config.json: 'hqq'\)",
         ),
     ],
-    ids=["vocabulary", "nan", "zeroed", "truncated", "missing part", "jamba", "granite", "llama", "8 bits"],
+    ids=[
+        "vocabulary",
+        "nan",
+        "infinite",
+        "missing tensor",
+        "zeroed",
+        "truncated",
+        "missing part",
+        "jamba",
+        "granite",
+        "llama",
+        "8 bits",
+        "packed",
+    ],
 )
 def test_bad_checkpoints_are_refused(spoil: Any, told: str, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
@@ -218,7 +241,22 @@ def test_bad_checkpoints_are_refused(spoil: Any, told: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=told) as error:
         import_checkpoint(folder, tmp_path / "run")
     assert len(str(error.value)) < 1000
+    assert "optimizer.lr" not in str(error.value)  # the user did not train it
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantisation_that_the_weights_do_not_have_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    theirs = made("mamba", tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "plain")
+    assert not caplog.messages
+    changed(tmp_path / "theirs", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    found = import_checkpoint(tmp_path / "theirs", tmp_path / "run")
+    assert caplog.messages == [
+        f"{tmp_path / 'theirs' / 'config.json'} has a quantization_config ('bitsandbytes'), but the weights beside "
+        "it are not quantised: it is left out."
+    ]
+    ids = torch.arange(8)[None]
+    assert torch.allclose(found.model.model(ids).logits, theirs(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +283,26 @@ def test_hybrids_that_are_not_computed(change: dict[str, Any], told: str) -> Non
         options_from_config(config | change)
 
 
-def nan(folder: Path) -> None:
+def spoiled(folder: Path, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["backbone.layers.0.mixer.D"][3] = torch.nan
+    tensors["backbone.layers.0.mixer.D"][3] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["backbone.layers.1.mixer.D"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def packed(folder: Path) -> None:
+    """Matrices of layers as two numbers of 4 bits a byte."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and name.endswith("proj.weight"):
+            tensors[name] = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    changed(folder, quantization_config={"quant_method": "hqq"})
 
 
 def eight_bits(folder: Path) -> None:
@@ -274,8 +328,12 @@ def cut(path: Path) -> None:
 
 
 def renamed(folder: Path, kind: str) -> None:
+    changed(folder, model_type=kind)
+
+
+def changed(folder: Path, **settings: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    (folder / "config.json").write_text(json.dumps(config | settings))
 
 
 def test_models_without_such_a_form_are_refused_by_name(tmp_path: Path) -> None:
@@ -336,7 +394,8 @@ def test_by_its_name_on_the_hub(tokenizer_file: Path, tmp_path: Path, monkeypatc
     loaded = from_pretrained("state-spaces/mamba-tiny")
     ids = torch.arange(8)[None]
     assert torch.allclose(loaded.model(ids).logits, theirs(ids).logits, atol=1e-4)
-    with pytest.raises(UserError, match=r"model\.json of 'me/none' cannot be downloaded"):
+    told = r"The model \(model\.json, or .*config\.json\) of 'me/none' cannot be downloaded .*: no config\.json"
+    with pytest.raises(UserError, match=told):
         from_pretrained("me/none")
 
 

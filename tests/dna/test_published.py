@@ -456,13 +456,15 @@ def test_bad_folders_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     stem = "caduceus.backbone.layers.1.mixer.mamba_"
     normed = "hyena.backbone.layers.0."
+    quantised = {"quantization_config": {"quant_method": "mine"}}
     cases: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
         (caduceus, {}, {f"{stem}rev.A_log": None}, f"has no tensor '{stem}rev.A_log'"),
         (caduceus, {}, {"score.weight": some(2, WIDTH)}, r"does not speak of: score\.weight"),
         (caduceus, {}, {f"{stem}fwd.D": some(3)}, rf"'{stem}fwd.D' is \(3,\), but by the config.json it is \(32,\)"),
         (caduceus, {}, {f"{stem}rev.in_proj.weight": some(64, WIDTH)}, "differ, but the config.json makes them one"),
         (caduceus, {}, {"lm_head.weight": some(16, WIDTH)}, "'lm_head.weight' and .* differ"),
-        (caduceus, {}, {f"{stem}fwd.D": torch.full((32,), torch.nan)}, "not finite numbers"),
+        (caduceus, {}, {f"{stem}fwd.D": torch.full((32,), torch.nan)}, "not finite numbers.*compare their SHA-256"),
+        (caduceus, quantised, {f"{stem}fwd.D": torch.ones(32, dtype=torch.int8)}, rf"{stem}fwd.D' is int8: .*'mine'"),
         (caduceus, {"n_layer": 10**7}, {}, "n_layer asks for 10,000,000 layers"),
         (caduceus, {"d_model": 10**9}, {}, "by the config.json it is"),
         (caduceus, {"d_model": "16"}, {}, "d_model must be a whole number"),

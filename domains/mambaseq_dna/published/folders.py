@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mambaseq.checkpoints.stored import read_weights
+import torch
+
+from mambaseq.checkpoints.stored import check_quantised, read_weights
 from mambaseq.checkpoints.upstream import config_in
 from mambaseq.errors import UserError, shown
 from mambaseq.limits import YAML_BYTES
@@ -52,6 +54,9 @@ def read_published(folder: str | Path) -> Imported:
     config = _config(path)
     read = _READERS[_kind(config, path, folder)]
     source, tensors = read_weights(folder)
+    buffers = (torch.int64, torch.bool)  # places and ids, which are no weights
+    held = {name: tensor for name, tensor in tensors.items() if tensor.dtype not in buffers}
+    check_quantised(held, source, config.get("quantization_config"), path)
     found = read(config, path, tensors, source)
     if not found.length:
         found.length = _told_length(folder)

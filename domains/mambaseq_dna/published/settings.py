@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.checkpoints.export import load_weights
+from mambaseq.checkpoints.stored import REMEDY_OF_WEIGHTS
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.limits import LAYERS
 from mambaseq.models import SequenceModel, build_model
@@ -178,5 +179,5 @@ def built(spec: dict[str, Any], tensors: Mapping[str, Tensor], path: Path, sourc
         model = build_model(spec)
     except ConfigError as error:
         raise UserError(f"{path} does not describe a model that can be built. {error}") from error
-    load_weights(model, dict(tensors), source)
+    load_weights(model, dict(tensors), source, REMEDY_OF_WEIGHTS)
     return model.eval()
