@@ -173,6 +173,7 @@ class ChatData(SequenceData):
             "tokenizer": tokenizer.identity,
             "template": None if template is None else [template.source, template.tokens],
             "form": [self.form, *columns, self.between],
+            "bytes": "without those of special tokens",  # stores that an older version made count them
             "duplicates": self.duplicates,
             "skip_bad": self.skip_bad,
             "encoding": self.encoding,
@@ -258,7 +259,8 @@ class ChatData(SequenceData):
     def _parts(
         self, tokenizer: TextTokenizer, template: ChatTemplate | None, columns: Sequence[str], place: Any
     ) -> Iterator[Part]:
-        """Two records a conversation: its ids; and of each twice its bytes, plus one where it is learned."""
+        """Two records a conversation: its ids; and of each twice its bytes, plus one where it is learned. Special
+        tokens have no bytes, whether the template writes them or eos ends a pair, so that bits a byte compare."""
         first, skipped = place or (0, 0)
         left_out, held_out = self.left_out_rows, self._held_out(columns)
         files = [(split, name) for split in SPLITS for name in self._files[split]]
@@ -304,11 +306,13 @@ class ChatData(SequenceData):
         else:
             cut_up = stretches(template, messages)
             parts, learned = [tokenizer.encode_counted(text) for text, _ in cut_up], [one for _, one in cut_up]
-        values = [2 * counts.astype(np.uint32) + one for (_, counts), one in zip(parts, learned, strict=True)]
-        found = np.concatenate(values)
+        ids = np.concatenate([one for one, _ in parts]).astype(np.uint32)
+        counts = np.concatenate([one for _, one in parts]).astype(np.uint32)
+        counts[np.isin(ids, list(tokenizer.special_ids))] = 0
+        found = 2 * counts + np.repeat(np.array(learned, dtype=np.uint32), [len(one) for one, _ in parts])
         if not (found[1:] & 1).any():
             raise UserError("There is no answer that can be learned. Correct or remove it.")
-        return np.concatenate([ids for ids, _ in parts]).astype(np.uint32), found.astype(np.uint32)
+        return ids, found
 
     def sources(self) -> dict[str, str]:
         self.setup()

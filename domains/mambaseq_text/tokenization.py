@@ -35,11 +35,13 @@ class TextTokenizer(Tokenizer):
     bos_id, eos_id: ids put before and after a document; None for none. `encode` adds only the first, so its result is a
         prompt; `decode` leaves both out.
     start_ids: what generation starts from without a prompt: the mark before a document, otherwise a line end.
+    special_ids: ids of marks that a text may be given, by a chat template for one; they are no text that people wrote.
     bytewise: every token is exactly one byte, so targets and bytes are equal in number.
     """
 
     bos_id: int | None = None
     eos_id: int | None = None
+    special_ids: frozenset[int] = frozenset()
     bytewise: bool = False
 
     @property
@@ -209,6 +211,9 @@ class HFTokenizer(TextTokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._special("bos", bos)
         self.eos_id = self._special("eos", eos)
+        marks = (self.bos_id, self.eos_id)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = frozenset(number for number, token in added if token.special or number in marks)
         self._words = Words(self._encoded, self.dtype) if by_words(self._tokenizer) else None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -294,8 +299,7 @@ class HFTokenizer(TextTokenizer):
         found = set() if self.eos_id is None else {self.eos_id}
         if self.template is not None and (behind := self.template.after_an_answer()):
             first = int(self.encode_counted(behind)[0][0])
-            added = self._tokenizer.get_added_tokens_decoder().get(first)
-            if added is not None and added.special:
+            if first in self.special_ids:
                 found.add(first)
         return frozenset(found)
 

@@ -296,6 +296,11 @@ def test_every_line_of_a_file_of_prompts_is_continued(tmp_path: Path) -> None:
     rows.write_text('{"q": "To be"}')
     with pytest.raises(DataError, match=r"no field 'text', nor 'prompt'. It has: 'q'.*--prompts FILE --prompts-key"):
         run.generate(str(rows), device="cpu")
+    # `--prompt` reads one column of the file, that of its first row; `--prompts` looks at each row
+    rows.write_text('{"prompt": "To be"}\n{"text": "or", "prompt": "not"}')
+    for option, second in (("--prompt", "not"), ("--prompts", "or")):
+        mixed = generated(model, tmp_path / f"f{second}.jsonl", option, str(rows), *options)
+        assert [text.startswith(prompt) for text, prompt in zip(mixed, ("To be", second), strict=True)] == [True] * 2
     rows.write_text('{"prompt": "To be"}\n{"q": "or"}')  # a later row, of which the columns of the file say nothing
     with pytest.raises(DataError, match=r"line or row 2, has no field 'prompt'.*--prompts-key") as caught:
         run.generate(str(rows), device="cpu")

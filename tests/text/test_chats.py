@@ -119,6 +119,30 @@ def test_pairs_and_their_bytes(options: dict[str, Any], tmp_path: Path) -> None:
     assert learned(bare) == [("what is it? \na café", ["a café"])]
 
 
+def test_special_tokens_have_no_bytes_in_any_form(options: dict[str, Any], tmp_path: Path) -> None:
+    """Bits a byte compare however conversations are written: bytes are those of the answers, without marks."""
+    answers = ["a café", "no", "the end <|endoftext|> of it"]
+    pairs = [{"prompt": "what?", "answer": answer} for answer in answers]
+    talks = [[{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}] for answer in answers]
+    test = {
+        "pairs": rows(tmp_path / "pairs.jsonl", *pairs),
+        "chats": rows(tmp_path / "chats.jsonl", *({"messages": talk} for talk in talks)),
+    }
+    train = rows(tmp_path / "train.jsonl", {"prompt": "a", "answer": "b", "messages": TALK})
+    ours = {"path": options["path"], "eos": "<|endoftext|>", "template": "mambaseq:configs/text/chat.jinja"}
+    wanted = [len(answer.replace("<|endoftext|>", "").encode()) for answer in answers]
+    for form in ("pairs", "templated_pairs", "chats"):
+        data = ChatData(files=train, test_files=test["chats" if form == "chats" else "pairs"],
+                        form=form, tokenizer_options=ours, validation_fraction=0.0)  # fmt: skip
+        data.setup()
+        packs = data.test()
+        assert packs is not None
+        batch = packs[0]
+        assert batch.n_units is not None
+        assert batch.n_units.tolist() == wanted, form
+        assert int((batch.targets == data.tokenizer.eos_id).sum()) == 4  # type: ignore[union-attr]
+
+
 def test_what_cannot_be_learned_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     name = rows(
         tmp_path / "a.jsonl",
