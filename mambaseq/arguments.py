@@ -35,7 +35,7 @@ class Arguments(argparse.ArgumentParser):
         if not inner and "" in arg_strings and _PLACE.search(str(action.metavar or action.dest)):
             named = action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest)
             raise ConfigError(f"{named} is empty. Give a name; a variable of the shell that is not set is empty.")
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+        return super()._get_values(action, arg_strings)
 
     def _refuse(self, left: list[str]) -> NoReturn:
         options = [text.partition("=")[0] for text in left if text.startswith("-") and text.strip("-")]

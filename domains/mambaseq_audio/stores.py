@@ -100,7 +100,7 @@ def kept_store(label: str, levels: Levels, dtype: str, meta: dict[str, Any], fil
     records = [number for number, length in enumerate(store.lengths.tolist()) if length]
     if len(records) < len(recordings) and not levels.bad:  # they were listed when the store was made
         without = [one for one, length in zip(recordings, store.lengths.tolist(), strict=True) if not length]
-        bad = {str(one): "could not be used when it was first read" for one in without}
+        bad = [(str(one), "could not be used when it was first read") for one in without]
         list_bad(bad, len(recordings), "recordings")
     return SoundStore([recordings[number] for number in records], records, store)
 
@@ -149,7 +149,7 @@ class Levels:
         """blocks: reads a recording, piece by piece."""
         self.recordings, self._blocks, self.skip_bad = recordings, blocks, skip_bad
         self.notices = Notices()
-        self.bad: dict[str, str] = {}
+        self.bad: list[tuple[str, str]] = []
 
     def _small(self, one: Recording) -> list[np.ndarray] | UserError | None:
         """The levels of a small file, or its error; None for a large one, of which only a piece is in memory."""
@@ -167,7 +167,7 @@ class Levels:
         return found
 
     def __call__(self) -> Iterator[tuple[str, np.ndarray | Iterator[np.ndarray]]]:
-        self.bad = {}
+        self.bad = []
         errors: list[UserError] = []
         found = _side_by_side(self._small, self.recordings, "reading sounds")
         for one, levels in zip(self.recordings, found, strict=True):
@@ -175,7 +175,7 @@ class Levels:
                 levels = self._checked(one)
             if isinstance(levels, UserError):
                 errors.append(levels)
-                self.bad[str(one)] = reason_at(levels, str(one), str(one.path))
+                self.bad.append((str(one), reason_at(levels, str(one), str(one.path))))
                 yield one.name, np.zeros(0, dtype=np.uint8)
             elif errors and not self.skip_bad:
                 continue
@@ -200,7 +200,7 @@ class Levels:
             yield from self._blocks(one, self.notices)
         except UserError as error:
             errors.append(error)
-            self.bad[str(one)] = reason_at(error, str(one), str(one.path))
+            self.bad.append((str(one), reason_at(error, str(one), str(one.path))))
 
     def _checked(self, one: Recording) -> UserError | None:
         try:

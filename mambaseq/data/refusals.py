@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from mambaseq.errors import ConfigError, DataError, UserError, cut, cut_causes, shown
 
@@ -41,13 +41,13 @@ class Refused:
             return
         count = used + len(self.errors)
         if not all(error.place for error in self.errors):
-            bad = {f"{number}": str(error) for number, error in enumerate(self.errors, 1)}
+            bad = [(f"{number}", str(error)) for number, error in enumerate(self.errors, 1)]
             list_bad(bad, count, self.what)
             raise DataError(
                 f"{cut(self.errors[0], 600)} {len(bad) - 1:,} more of {count:,} {self.what} cannot be used either; the "
                 "lines above list them."
             )
-        bad = {error.place: error.reason or reason_at(error, error.place) for error in self.errors}
+        bad = [(error.place, error.reason or reason_at(error, error.place)) for error in self.errors]
         list_bad(bad, count, self.what)
         raise DataError(told_together(bad, count, self.what))
 
@@ -60,18 +60,19 @@ def reason_at(error: UserError, *places: str) -> str:
     return text.partition(". ")[0].removeprefix("it").removeprefix(":").lstrip()
 
 
-def list_bad(bad: Mapping[str, str], count: int, what: str) -> None:
-    """Log a line for each of what cannot be used, of `count`. bad: places and reasons."""
+def list_bad(bad: Sequence[tuple[str, str]], count: int, what: str) -> None:
+    """Log a line for each of what cannot be used, of `count`. bad: places, one of them perhaps several times, and
+    reasons."""
     logger.warning("%s of %s %s cannot be used:", f"{len(bad):,}", f"{count:,}", what)
-    for place, reason in list(bad.items())[:_LOGGED]:
+    for place, reason in bad[:_LOGGED]:
         logger.warning("%s: %s", place, reason)
     if len(bad) > _LOGGED:
         logger.warning("... and %s more", f"{len(bad) - _LOGGED:,}")
 
 
-def told_together(bad: Mapping[str, str], count: int, what: str, remedy: str = "") -> str:
+def told_together(bad: Sequence[tuple[str, str]], count: int, what: str, remedy: str = "") -> str:
     """The message of an error about them. remedy: another one than to mend them or leave them out."""
-    told = cut_causes(((shown(place, 120), reason) for place, reason in bad.items()), 10, _TOLD, 90)
+    told = cut_causes(((shown(place, 120), reason) for place, reason in bad), 10, _TOLD, 90)
     return (
         f"{len(bad):,} of {count:,} {what} cannot be used: {told}. The lines above list them. "
         f"Mend them or leave them out{remedy}."
