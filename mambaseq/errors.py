@@ -64,7 +64,13 @@ def under_key(
 def _meant(key: str, settings: Mapping[str, object], message: str) -> str:
     quoted = [name for name, value in settings.items() if any(text in message for text in _texts(value))]
     named = [name for name in settings if re.search(rf"\b{re.escape(name)}\b", message)]
-    return f"{key}.{(quoted + named)[0]}" if quoted or named else key
+    if not quoted and not named:
+        return key
+    meant = (quoted + named)[0]
+    options = settings[meant]
+    if quoted and meant.endswith("_options") and isinstance(options, Mapping):  # the option, not all of them
+        return _meant(f"{key}.{meant}", options, message)
+    return f"{key}.{meant}"
 
 
 def _texts(value: object) -> list[str]:

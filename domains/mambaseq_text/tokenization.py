@@ -189,7 +189,10 @@ class HFTokenizer(TextTokenizer):
         path = str(hub_tokenizer(path)) if is_hub(path) else path
         self.path, self.bos, self.eos = path, bos, eos
         if not _is_file(path):
-            raise DataError(f"There is no tokenizer file {path[:200]}. Give the path of a model's tokenizer.json.")
+            raise DataError(
+                f"There is no tokenizer file {path[:200]}. Give the path of a model's tokenizer.json; `mambaseq import "
+                "--checkpoint NAME --out RUN` writes that of a published model to RUN/model."
+            )
         _check_ids(Path(path).expanduser())
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(Path(path).expanduser()))

@@ -9,7 +9,7 @@ from mambaseq.atomic import json_text
 from mambaseq.auditing.findings import TOLERANCE, Audit
 from mambaseq.auditing.findings import audit as audit_data
 from mambaseq.auditing.page import write_audit
-from mambaseq.errors import ConfigError, shown, under_key
+from mambaseq.errors import ConfigError, shown
 from mambaseq.outputs import output_file, output_target
 from mambaseq.runs.naming import config_of
 from mambaseq.runs.parsing import parse_config
@@ -29,9 +29,8 @@ def audit(
     """
     check(out, tolerance)
     settings = parse_config(config_of(config), list(overrides))
-    options = {key: value for key, value in settings.settings["data"].items() if key != "name"}
     data = settings.make_data()
-    with under_key("data", options):
+    with settings.naming_data_keys():
         audited = data.audited()
     found = audit_data(audited, settings.settings["data"]["name"], tolerance)
     for path in map(Path, out):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from mambaseq.conditions import encoder_options, listed
 from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.data.module import SequenceData
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown, under_key
+from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown, under_key
 from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
@@ -129,6 +131,7 @@ class RunConfig:
     settings: everything but `trainer`, as plain values. trainer: arguments of `lightning.Trainer`, its classes made.
     classes: the class behind each name ("data", "encoder", ...). yaml: all of it, as it is saved with the run.
     defaults: gives what each key has that nobody sets, by whole keys.
+    inherited: gives the configuration's name for each key that a named one or a base sets (see `naming.inherited`).
     """
 
     settings: dict[str, Any]
@@ -136,6 +139,7 @@ class RunConfig:
     classes: dict[str, Any]
     yaml: str
     defaults: Callable[[], dict[str, Any]]
+    inherited: Callable[[], dict[str, str]]
 
     def callbacks(self) -> list[Any]:
         """Those that the configuration names, made."""
@@ -146,13 +150,31 @@ class RunConfig:
         """The dataset. setup: call its `setup` as well. left_out: see
         `SequenceData.left_out_file`. Raises UserError that names the setting under `data` that is
         wrong."""
-        options = {key: value for key, value in self.settings["data"].items() if key != "name"}
-        with under_key("data", options):
-            data: SequenceData = self.classes["data"](**options)
+        with self.naming_data_keys():
+            data: SequenceData = self.classes["data"](**self._data_options())
             data.left_out_file = left_out
             if setup:
                 data.setup()
         return data
+
+    @contextlib.contextmanager
+    def naming_data_keys(self) -> Iterator[None]:
+        """Have a UserError name the setting under `data` that is wrong, and the configuration that sets it where that
+        is not the user's own."""
+        try:
+            with under_key("data", self._data_options()):
+                yield
+        except UserError as error:
+            about = re.match(r"data\.\w+(\.\w+)*", str(error))
+            if about is not None and (name := self.inherited().get(key := about[0])) is not None:
+                option = arguments_of(self.classes["data"]).get(key.removeprefix("data."))
+                may_be_null = option is not None and (option.default is None or "None" in str(option.annotation))
+                remedy = "set it to null to leave it out" if may_be_null else "set it to a value of your own"
+                error.args = (f"{error} {name} sets {key}; {remedy}.",)
+            raise
+
+    def _data_options(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings["data"].items() if key != "name"}
 
     def make_datamodule(self, data: SequenceData) -> SequenceDataModule:
         return SequenceDataModule(data, seed=self.settings["seed"], **self.settings["loader"])

@@ -3,6 +3,7 @@ wrong name is told at once."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -232,6 +233,30 @@ def _written(config: str) -> tuple[list[tuple[Path, dict[str, Any]]], dict[str, 
     for _, settings in layers:
         raw = laid_over(raw, settings)
     return layers, raw
+
+
+def inherited(config: str, overrides: list[str]) -> dict[str, str]:
+    """Whole keys that neither the user's file nor the overrides set, each with what does: the name of a registered
+    configuration, or another base's file."""
+    layers, raw = _written(config)
+    given = {word[2:].partition("=")[0].rstrip("+") for word in overrides if word.startswith("--")}
+    left = {key: None for key in flatten(raw) if not any(f"{key}.".startswith(f"{one}.") for one in given)}
+    found: dict[str, str] = {}
+    for file, settings in reversed(layers):  # each key where it is written last
+        here = [key for key in flatten(settings) if key in left]
+        if file != layers[-1][0] or config in catalog()["configs"]:
+            found |= dict.fromkeys(here, _called(file))
+        left = {key: None for key in left if key not in here}
+    return found
+
+
+def _called(file: Path) -> str:
+    """The name of the registered configuration whose file it is; the path of another."""
+    for entry in catalog()["configs"]:
+        with contextlib.suppress(UserError):  # of a package that is gone
+            if find(entry.target) == file:
+                return entry.name
+    return str(file)
 
 
 def check_files(raw: Mapping[str, Any], overrides: list[str]) -> None:

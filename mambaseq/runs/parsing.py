@@ -26,7 +26,7 @@ from mambaseq.plain import dump_yaml, flatten, parse_yaml
 from mambaseq.resources import is_resource
 from mambaseq.runs.config import OFFERED, SECTIONS, RunConfig
 from mambaseq.runs.help import keys_text
-from mambaseq.runs.naming import MODEL_PARTS, PROVIDED, near_key, resolve_config
+from mambaseq.runs.naming import MODEL_PARTS, PROVIDED, inherited, near_key, resolve_config
 from mambaseq.runs.parser import code_arguments, make_parser
 from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes
@@ -388,4 +388,4 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
     # nulls are kept, since a missing key reads back as its default; values are not checked again (positional:
     # jsonargparse renamed the arguments)
     text = parser.dump(parsed, "parser_mode", False, False, True)
-    return RunConfig(settings, trainer, classes, text, lambda: _defaults(parser))
+    return RunConfig(settings, trainer, classes, text, lambda: _defaults(parser), lambda: inherited(config, overrides))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import wave
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,70 @@ def test_keys_are_told_by_the_names_of_bases_and_with_the_file_that_has_them(
     over(tmp_path, "base: [audio/sc09, part.yaml]\nmodel: {backbone: {teirs: [[mamba]]}}\n")
     assert main(["fit", "--config", str(path)]) == 2
     assert f"{path}: there is no key 'model.backbone.teirs'" in capsys.readouterr().err
+
+
+def sounds(folder: Path) -> None:
+    (folder / "sc09" / "a").mkdir(parents=True)
+    for number in range(4):
+        with wave.open(str(folder / "sc09" / "a" / f"hi_{number}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(bytes(number + 1 for _ in range(2000)))
+
+
+FILES = "  files: sc09/*/*.wav\n"
+OTHERS = "  pattern: ^(?P<tone>hi)_\n  condition: [tone]\n  sample_rate: 8000\n  test_list: null\n"
+
+
+@pytest.mark.parametrize("command", ["fit --out run", "data audit"])
+@pytest.mark.parametrize(
+    ("own", "words", "told", "sets"),
+    [
+        (
+            f"{FILES}{OTHERS}  validation_list: null\n",
+            "",
+            "data.split is 'clip', but neither data.validation",
+            "audio/sc09 sets data.split; set it to null to leave it out.",
+        ),
+        (
+            FILES,
+            "",
+            "data.validation_list: There is no data file 'sc09/validation_list.txt'",
+            "audio/sc09 sets data.validation_list; set it to null to leave it out.",
+        ),
+        (f"{FILES}  validation_list: own.txt\n", "", "data.validation_list: There is no data file 'own.txt'", ""),
+        (FILES, "--data.validation_list=own.txt", "data.validation_list: There is no data file 'own.txt'", ""),
+        (
+            "",
+            "text/chat --data.files mine.txt --data.validation_files null",
+            "data.tokenizer_options.path: There is no tokenizer file runs/mamba-130m/model/tokenizer.json. Give the "
+            "path of a model's tokenizer.json; `mambaseq import --checkpoint NAME --out RUN` writes",
+            "text/chat sets data.tokenizer_options.path; set it to a value of your own.",
+        ),
+        (
+            "",
+            "text/chat --data.files mine.txt --data.validation_files null --data.tokenizer_options.path none.json",
+            "data.tokenizer_options.path: There is no tokenizer file none.json.",
+            "",
+        ),
+    ],
+)
+def test_refusals_say_which_configuration_sets_a_key_that_is_not_the_users(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    own: str,
+    words: str,
+    told: str,
+    sets: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sounds(tmp_path)
+    (tmp_path / "mine.txt").write_text("a text\n")
+    over(tmp_path, f"base: audio/sc09\ndata:\n{own}")
+    given = words.split() if words.startswith("text") else ["over.yaml", *words.split()]
+    given = ["--config", *given] if command.startswith("fit") else given
+    assert main([*command.split(), *given]) == 2
+    error = capsys.readouterr().err
+    assert f": {told}" in error
+    assert error.endswith(f" {sets}\n") if sets else " sets " not in error
