@@ -7,8 +7,11 @@ import sys
 from mambaseq.arguments import Arguments
 from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys
 from mambaseq.cli.imports import add_allow_import
+from mambaseq.errors import ConfigError, shown
 from mambaseq.importing import uncollected
 from mambaseq.runs.naming import config_of, resolve_config
+
+_TABLES = (".csv", ".tsv", ".tab", ".parquet", ".fa", ".fasta", ".fna")  # files of data, not configurations
 
 
 def run(argv: list[str], command: str) -> int:
@@ -84,6 +87,12 @@ def _audit(argv: list[str]) -> int:
     add_allow_import(parser)
     arguments, overrides = parser.parse_known_args(argv)
     config = config_of(arguments.config)
+    if config.lower().removesuffix(".gz").endswith(_TABLES):
+        raise ConfigError(
+            f"{shown(config, 200)} is no configuration. A file of labelled sequences is audited as the data of one: "
+            f"mambaseq data audit dna/labelled --data.files {config[:200]}, with --data.sequence and --data.label for "
+            "its columns."
+        )
     resolve_config(config)
     if asks_for_help(overrides):
         return print_keys(parser, config, overrides)

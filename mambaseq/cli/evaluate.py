@@ -59,6 +59,12 @@ def run(argv: list[str], command: str) -> int:
 
 
 _TASK_OPTIONS = ("shots", "limit", "task_folder", "device", "batch_size")
+_OF_RUNS = {
+    "limit": "Of the run's own test set, --trainer.limit_test_batches {} takes so many batches.",
+    "batch_size": "For the run's own test set it is --loader.batch_size {}.",
+    "device": "For the run's own test set it is --trainer.accelerator: cpu, gpu, ...",
+}
+"""What sets the same for a run's own test set."""
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +83,11 @@ def _asks_for_tasks(arguments: argparse.Namespace, overrides: list[str]) -> bool
     """Raises ConfigError for options of tasks without tasks, or with what else an evaluation has."""
     if arguments.tasks is None:
         if given := [name for name in _TASK_OPTIONS if getattr(arguments, name) is not None]:
-            raise ConfigError(f"--{given[0].replace('_', '-')} is for tasks of lm-eval. Name some: --tasks NAME.")
+            own = _OF_RUNS.get(given[0], "")
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} is for tasks of lm-eval. Name some: --tasks NAME."
+                + (f" {own.format(getattr(arguments, given[0]))}" if own else "")
+            )
         return False
     if overrides or arguments.baselines:
         raise ConfigError(

@@ -23,7 +23,8 @@ def run(argv: list[str], command: str) -> int:
         epilog="A row without a prediction (of an empty record, for instance) has empty cells and a note that says "
         "why. Text that begins with =, +, -, @, a tab or a carriage return is written with an apostrophe before it, "
         "so that no spreadsheet runs it as a formula; numbers stay numbers. When a file or record cannot be used, "
-        "the rows that were finished before are kept in FILE.partial.csv (or .tsv, ...) and the exit code is 2.",
+        "the rows that were finished before are kept in FILE.partial.csv (or .tsv, ...), until FILE.csv is finished, "
+        "and the exit code is 2.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files that the run's reader understands")

@@ -113,7 +113,7 @@ def _base(name: str, path: Path) -> Path:
         raise ConfigError(f"{path}: base: {error}") from error
     near = not_installed(name.partition("/")[0]) or did_you_mean(name, [entry.name for entry in configs])
     raise ConfigError(
-        f"{path}: base: no configuration is named {shown(name, 200)}, and no such file is in {path.parent}.{near} "
+        f"{path}: base: no configuration is named {shown(name, 200)}, and no such file is beside it.{near} "
         "`mambaseq list configs` shows what there is."
     )
 
@@ -126,7 +126,7 @@ def laid_over(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") 
     for name, value in over.items():
         whole, below = f"{key}.{name}" if key else name, under.get(name)
         if takes_away(value, whole, below):
-            del found[name]
+            found.pop(name, None)
             continue
         if isinstance(value, Mapping) and isinstance(below, Mapping) and _SECTION.fullmatch(whole):
             former = below.get("name", _DEFAULTS.get(name, name))
@@ -139,8 +139,10 @@ def laid_over(under: Mapping[str, Any], over: Mapping[str, Any], key: str = "") 
 
 
 def takes_away(value: Any, key: str, below: Any) -> bool:
-    """Whether what stands under a whole key takes away the section that a base has there (`below`)."""
-    return value is None and isinstance(below, Mapping) and _SECTION.fullmatch(key) is not None
+    """Whether what stands under a whole key takes away the section that a base has there (`below`), if it has one: the
+    lines of a section (`trainer:`) may all be commented out."""
+    there = isinstance(below, Mapping) and _SECTION.fullmatch(key) is not None
+    return value is None and (there or key in GROUPS)
 
 
 def config_of(config: str) -> str:

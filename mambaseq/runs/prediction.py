@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from mambaseq.data.records import Record, columns_of, rest_left_out
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, DataError, UserError, shown
 from mambaseq.outputs import is_stream, output_target
-from mambaseq.runs.answers import CHUNK, Answer, Found, NotFinite, Span
+from mambaseq.runs.answers import CHUNK, NOTHING_SCORED, Answer, Found, NotFinite, Span
 from mambaseq.runs.columns import Frame
 from mambaseq.runs.conditions import Conditions
 from mambaseq.runs.devices import choose_device, memory_told
@@ -144,6 +144,7 @@ def predict(
     def refuse(error: UserError) -> None:
         """Raise the error of a file or record, or note it."""
         if not skip_bad:
+            error.args = (f"{error} --skip-bad leaves out what cannot be used and goes on.",)
             raise error
         bad.append(str(error))
 
@@ -207,12 +208,18 @@ def _check_any(rows: Table, inputs: list[Path], bad: list[str]) -> None:
     if rows.predicted:
         return
     named = ", ".join(map(str, inputs[:5])) + (f" and {len(inputs) - 5} more" if len(inputs) > 5 else "")
-    why = [f"{count:,} {note}" for note, count in list(rows.notes.items())[:5]]
+    why = _reasons(rows.notes)
     why += [f"{len(bad):,} bad, the first: {bad[0]}"] if bad else []
-    remedy = "Give longer records." if rows.notes else "Mend what there is, or give something else."
+    longer = rows.notes and NOTHING_SCORED not in rows.notes
+    remedy = "Give longer records." if longer else "Mend what there is, or give something else."
     raise DataError(
-        f"Nothing in {named} can be predicted on ({'; '.join(why) or 'no record'}); nothing was written. {remedy}"
+        f"Nothing in {named} can be predicted on, so nothing was written: {'; '.join(why) or 'no record'}. {remedy}"
     )
+
+
+def _reasons(notes: Mapping[str, int]) -> list[str]:
+    """The notes of rows without a prediction, for a message: how many have each, unless all have one."""
+    return [note if len(notes) == 1 else f"{note} ({count:,})" for note, count in list(notes.items())[:5]]
 
 
 def _reader(loaded: LoadedModel, checkpoint: str | Path, reader: str | None) -> str:
@@ -239,9 +246,10 @@ def _records(
     options = fitting_options("reader", name, read, loaded.card.reader_options, own)
     options = {**options, **regions_given(name, read, regions)}
     options = {key: value for key, value in options.items() if key != "refuse"}
-    refusing = goes_on and "refuse" in inspect.signature(read).parameters
-    if refusing:
+    passes_over = "refuse" in inspect.signature(read).parameters
+    if passes_over and goes_on:
         options["refuse"] = refuse
+    more = passes_over or len(files) > 1  # which is read without what is bad
     other = f"The reader {shown(name)} does not fit this model"
     remedy = f"Use the model's own reader{f' ({shown(loaded.card.reader)})' if loaded.card.reader else ''}."
     for path in files:
@@ -258,6 +266,8 @@ def _records(
                 except ConfigError:
                     raise
                 except UserError as error:
+                    if not (goes_on or begun or more):
+                        raise
                     refuse(rest_left_out(error, path) if goes_on and begun else error)
                     break
                 except OSError as error:
@@ -426,10 +436,13 @@ def report(found: Predictions, out: Path) -> None:
     if len(found.bad) > _NAMED:
         print(f"mambaseq predict: left out: {len(found.bad) - _NAMED:,} more", file=sys.stderr)
     if found.without:
-        why = "; ".join(f"{count:,} {note}" for note, count in list(found.without.items())[:5])
+        why = "; ".join(_reasons(found.without))
         number = sum(found.without.values())
         print(
-            f"mambaseq predict: {number:,} of {found.rows:,} {found.unit} have no prediction: {why}.", file=sys.stderr
+            f"mambaseq predict: {number:,} of {found.rows:,} {found.unit} {'has' if number == 1 else 'have'} no "
+            f"prediction: {why}.",
+            file=sys.stderr,
         )
-    left = f", {len(found.bad):,} files or records left out" if found.bad else ""
+    what = "file or record" if len(found.bad) == 1 else "files or records"
+    left = f", {len(found.bad):,} {what} left out" if found.bad else ""
     print(f"{found.told} in {named(found.files or [out])}{left}", file=sys.stderr if is_stream(out) else sys.stdout)

@@ -312,7 +312,8 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
 
     home: the model's domain. only: the columns to keep.
     If the block ends with a UserError, with Ctrl-C or for lack of memory, the finished predictions are kept at
-    `partial_path(out)`, if there are any; a UserError is raised again and says so.
+    `partial_path(out)`, if there are any; a UserError is raised again and says so. What an earlier one kept there is
+    removed once the whole is finished.
     """
     from mambaseq.runs.columns import Frame
 
@@ -350,3 +351,6 @@ def table(out: Path | None, home: str = "", only: Sequence[str] = ()) -> Iterato
                 raise UserError(f"{error} {told}") from error
             print(f"\n{told}", file=sys.stderr)
             raise
+    for path in written:
+        with contextlib.suppress(OSError):
+            partial_path(path).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,17 @@ def test_a_cache_of_ones_own(
     for more in ([], ["--cache", str(tmp_path / "mine")]):  # the folder that runs look in: nothing to be told
         assert main(["data", "fetch", str(manifest), *more]) == 0
         assert "MAMBASEQ_CACHE" not in capsys.readouterr().err
+
+
+def test_a_file_of_data_is_audited_as_that_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bases = ["".join(random.Random(number).choices("ACGT", k=40)) for number in range(60)]
+    Path("own.csv").write_text("seq,kind\n" + "".join(f"{one},{number % 2}\n" for number, one in enumerate(bases)))
+    for name in ("own.csv", "nope.csv", "nope.fa.gz"):  # there or not
+        assert main(["data", "audit", name]) == 2
+        assert f"mambaseq data audit dna/labelled --data.files {name}, with" in capsys.readouterr().err
+    command = ["data", "audit", "dna/labelled", "--data.files", "own.csv"]
+    assert main([*command, "--data.sequence", "seq", "--data.label", "kind"]) == 0
+    assert "no word of 32 bases is shared" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import threading
 import time
 import tracemalloc
@@ -80,6 +81,24 @@ def test_pieces_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
     monkeypatch.setattr("mambaseq.data.unpacking._PACKED_PIECE", size)
     check_plain(write(tmp_path / "a.fa", KINDS[kind]))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 18, 40, 1 << 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("begin", ["", "\n \n;one\n\n", ";one\n;two\n"])
+def test_lines_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str, end: str, size: int) -> None:
+    """Over pieces, blank lines, comments and long sequences."""
+    monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
+    monkeypatch.setattr("mambaseq_dna.files.parsing._LONG", 30)
+    long = "ACGT\n" * 10
+    text = f"{begin}>a x\n{long};c\n;d\n>b\n\nAC\n;e\n>empty one\n\n;f\n>c\n{long}>d\n>e\nA\n>a\nA\n>last"
+    path = write(tmp_path / "a.fa", text.replace("\n", end).encode())
+    faults: list[str] = []
+    names = [record.name for record in read_fasta(path, TOKENIZER, refuse=lambda error: faults.append(str(error)))]
+    lines = text.split("\n")
+    wrong = [lines.index(header) + 1 for header in (">empty one", ">d", ">a", ">last")]
+    assert names == ["a", "b", "c", "e"]
+    assert [int(re.search(r"a\.fa, line (\d+):", fault)[1]) for fault in faults] == wrong  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -184,13 +203,13 @@ BAD = {
     "no header": ("ACGT\n", r"no FASTA header.*'ACGT'"),
     "fastq": ("@r\nACGT\n+\nIIII\n", "looks like FASTQ; convert"),
     "binary": (bytes(range(256)) * 4, "no FASTA header"),
-    "no name": (GOOD + "> \nACGT\n", "record 2 has no name"),
+    "no name": (GOOD + "> \nACGT\n", "line 3: record 2 has no name"),
     "same name twice": (
         GOOD + ">b\nA\n>good again\nAC\n",
-        r"two records are named 'good' \(the second is record 3\)",
+        r"line 5: two records are named 'good' \(the second is record 3\)",
     ),
-    "no sequence": (GOOD + ">nothing\n>b\nA\n", "'nothing' has a header and no sequence"),
-    "no last sequence": (GOOD + ">nothing\n", "'nothing' has a header and no sequence"),
+    "no sequence": (GOOD + ">nothing\n>b\nA\n", "line 3: record 'nothing' has a header and no sequence"),
+    "no last sequence": (GOOD + ">nothing\n", "line 3: record 'nothing' has a header and no sequence"),
     "a gap between lines": (">x\nAC\nG-\n", r"record 'x': The letter '-' at position 4.*remove gaps"),
     "a digit": (">x\n  1 ACGT\n", r"record 'x': The letter '1' at position 1"),
     "a letter of two bytes": (">x\nACGTÅ\n", r"record 'x': The letter 'Å' at position 5"),

@@ -410,3 +410,16 @@ def test_a_pretrained_run_is_tuned_and_predicts(capsys: pytest.CaptureFixture[st
     }
     assert (found["stop"] - found["start"] == 10).all()
     assert found.loc[0, "record"] == "enhancers.csv:2"
+    # of nothing but N there is no answer, and a file that does not say what it is can only be renamed here
+    Path("gaps.fa").write_text(f">read\nACGTACGTAC\n>gap\n{'n' * 10}\n>half\nNNNNNRACGT\n")
+    assert main(["predict", "--checkpoint", "run", "gaps.fa", "--out", "gaps.csv"]) == 0
+    assert "1 of 3 rows has no prediction: no token that is scored." in capsys.readouterr().err
+    found = pandas.read_csv("gaps.csv")
+    assert found["predicted"].isna().tolist() == [False, True, False]
+    assert found["strong"].isna().tolist() == [False, True, False]
+    assert found["note"].fillna("").tolist() == ["", "no token that is scored", ""]
+    Path("gaps.fa").rename("gaps.seq")
+    assert main(["predict", "--checkpoint", "run", "gaps.seq", "--out", "gaps.csv"]) == 2
+    err = capsys.readouterr().err
+    assert "Rename it, so that it ends in one of these." in err
+    assert "data.format" not in err

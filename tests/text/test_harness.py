@@ -197,6 +197,7 @@ def test_what_cannot_be_asked_of_tasks_is_refused(
 ) -> None:
     words = ["test", "--checkpoint", str(run)]
     for more, message in {
+        ("--limit", "3"): "--trainer.limit_test_batches 3 takes so many batches",
         ("--shots", "3"): "--shots is for tasks of lm-eval",
         ("--tasks", "a", "--data.length", "3"): "--data.length is for the run's own test set",
         ("--tasks", "a", "--limit", "0"): "--limit must be at least 1",

@@ -37,8 +37,9 @@ class Part(NamedTuple):
     label: str = ""
 
 
-def kind_of(path: Path, layout: Format = "auto") -> str:
-    """The kind of a file, by its ending if `layout` does not say it. Raises DataError for an unknown ending."""
+def kind_of(path: Path, layout: Format = "auto", remedy: str = "Set data.format, or rename it.") -> str:
+    """The kind of a file, by its ending if `layout` does not say it. Raises DataError for an unknown ending; remedy:
+    what it advises."""
     if layout != "auto":
         return layout
     for kind, endings in _ENDINGS.items():
@@ -47,15 +48,21 @@ def kind_of(path: Path, layout: Format = "auto") -> str:
     known = ", ".join(one for endings in _ENDINGS.values() for one in endings)
     raise DataError(
         f"{shown(path, 300)}: its ending does not say what it is. Known are {known}, also packed "
-        f"({', '.join(PACKED)}). Set data.format, or rename it."
+        f"({', '.join(PACKED)}). {remedy}"
     )
 
 
-def parts_of(names: str | Sequence[str], layout: Format = "auto", split: str | None = None) -> list[Part]:
+def parts_of(
+    names: str | Sequence[str],
+    layout: Format = "auto",
+    split: str | None = None,
+    remedy: str = "Name the files, or set data.format.",
+) -> list[Part]:
     """The parts that names of files, patterns and folders stand for, in order.
 
     A folder holds files or folders whose names begin with a split's (`train.csv`, `dev.csv`, `test.csv`; `train/`,
-    `test/`), or a folder for each class, or files. split: what all of them are, if the setting says it.
+    `test/`), or a folder for each class, or files. split: what all of them are, if the setting says it. remedy: for a
+    folder with nothing to read.
     Raises DataError for a name without files, and for a folder with nothing to read.
     """
     found: list[Part] = []
@@ -66,7 +73,7 @@ def parts_of(names: str | Sequence[str], layout: Format = "auto", split: str | N
             if not inside:
                 raise DataError(
                     f"{shown(folder, 300)} is a folder without labelled sequences: it has neither files of known "
-                    "endings, nor folders for classes. Name the files, or set data.format."
+                    f"endings, nor folders for classes. {remedy}"
                 )
             found += inside
         else:

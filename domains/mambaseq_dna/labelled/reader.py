@@ -37,7 +37,8 @@ def read_labelled(
     refuse: Refuse = raised,
 ) -> Iterator[Record]:
     """The sequences of a file, or of a folder, as ids in upper case, in order; labels are not read. A name is that in
-    the file, or the row's or line's number, or the interval.
+    the file, or the row's or line's number, or the interval. N, padding too, does not count: of nothing else there is
+    no answer.
 
     The options are those of the dataset `dna/labelled`; fields: other columns of tables, places in FASTA headers,
     columns of intervals, which records then have. refuse: called for a row or file that cannot be used; the others are
@@ -47,7 +48,10 @@ def read_labelled(
     check_choice("reader_options.format", format, get_args(Format))
     check_choice("reader_options.align", align, get_args(Align))
     path = Path(path)
-    parts = parts_of(str(path), format) if path.is_dir() else [Part(path, kind_of(path, format))]
+    if path.is_dir():
+        parts = parts_of(str(path), format, remedy="Name the files, by one of these endings.")
+    else:  # predict has no data.format
+        parts = [Part(path, kind_of(path, format, "Rename it, so that it ends in one of these."))]
     bases = Assembly(assembly) if assembly and any(not is_row(part) for part in parts) else None
     reading = Reading(sequence, columns, names, bases, width, stranded, tuple(features or ()))
     for part in parts:
@@ -63,7 +67,9 @@ def read_labelled(
                 break
             told, ids, values = found
             more: dict[str, Any] = dict(zip(fields, values, strict=False))
-            yield Record(told, fold_case(ids), source=source, fields=more)
+            ids = fold_case(ids)
+            known = ids != N
+            yield Record(told, ids, scored=None if known.all() else known, source=source, fields=more)
 
 
 def _rows(
