@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import re
 import struct
 import subprocess
@@ -27,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from mambaseq.atomic import json_text
 from mambaseq.ops.delta_rule import gpu
 
 SHARED = 232_448  # bytes a program can have on an H100
@@ -175,7 +175,7 @@ def main() -> int:
                 found["shared"] = kernel.metadata.shared
                 found["unwritten"] = unwritten(kernel.asm["cubin"], options.nvdisasm)
                 wrong |= bool(found["unwritten"]) or found["shared"] > SHARED
-            print(json.dumps({"kernel": name, "size": size, "dtype": dtype, "decays": decays, **found}), flush=True)
+            print(json_text({"kernel": name, "size": size, "dtype": dtype, "decays": decays, **found}), flush=True)
     return int(wrong)
 
 
