@@ -133,7 +133,8 @@ def test_what_has_no_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     again = ["--out", str(tmp_path / "o.csv"), "--condition-column", "x"]
     assert main(["predict", "--checkpoint", str(text), str(plain), *again]) == 2
     assert "is plain text and has no column 'x'" in capsys.readouterr().err
-    assert main(["generate", "--checkpoint", str(text), "--prompt", "To be", *again]) == 2
+    out = ["--out", str(tmp_path / "o.txt"), "--condition-column", "x"]
+    assert main(["generate", "--checkpoint", str(text), "--prompt", "To be", *out]) == 2
     assert "--prompt is none" in capsys.readouterr().err
     assert main(["predict", "--checkpoint", str(language_model(tmp_path / "n")), str(plain), *again]) == 2
     assert "not conditional; leave --condition-column out" in capsys.readouterr().err
