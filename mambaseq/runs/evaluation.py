@@ -112,7 +112,8 @@ def _evaluate(
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:
         return results
-    if not task.results:
+    counts = trainer.num_test_batches if command == "test" else trainer.num_val_batches
+    if not sum(counts):
         limit = f"trainer.limit_{_STAGES[command]}_batches"
         raise ConfigError(f"Nothing was evaluated: {limit} is 0. Give more, such as --{limit}=1.0 for all of the set.")
     pictures: dict[str, Any] = {}

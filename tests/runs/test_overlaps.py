@@ -59,7 +59,7 @@ def test_a_batch_is_as_large_as_memory_allows(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Sequences, "answers", lambda self, pieces: read.append(len(pieces)) or answered(self, pieces))
     monkeypatch.setattr(answers, "WHOLE", {"cpu": 20})
     again = run.predict(source, window=8, device="cpu")
-    assert read == [2, 2, 2, 1, 1, 1]  # seven windows of eight bases, one of two, one of one
+    assert read == [2, 2, 2, 2, 1]  # seven windows of eight bases, one of two, one of one
     np.testing.assert_allclose(again[list("abc")], table[list("abc")], rtol=1e-5)
 
 
