@@ -41,13 +41,15 @@ def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     if a.values.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
     turn = turns(a.values, a.dt)
-    upto = F.pad(sums(turn.flatten(2)).view(turn.shape), (0, 0, 0, 0, 1, 0))  # (batch, length + 1, heads, n_angles)
+    angle = sums(turn.flatten(2)).view(turn.shape)
     if a.cu_seqlens is None:
-        upto = upto if a.before is None else upto + a.before[:, None]
-        return upto[:, 1:], upto[:, -1]
-    ends = upto[0].index_select(0, a.cu_seqlens.long())
+        angle = angle if a.before is None else angle + a.before[:, None]
+        if angle.shape[1]:
+            return angle, angle[:, -1]
+        return angle, angle.new_zeros(angle.shape[0], *angle.shape[2:]) if a.before is None else a.before
+    ends = F.pad(angle[0], (0, 0, 0, 0, 1, 0)).index_select(0, a.cu_seqlens.long())
     start = -ends[:-1] if a.before is None else a.before - ends[:-1]
-    angle = upto[:, 1:] + start.index_select(0, sequences.of_positions(a.cu_seqlens, turn.shape[1]))
+    angle = angle + start.index_select(0, sequences.of_positions(a.cu_seqlens, turn.shape[1]))
     return angle, start + ends[1:]
 
 
