@@ -216,11 +216,14 @@ def _run(
 @contextlib.contextmanager
 def _undone_if_refused(folder: RunFolder, trainer: lightning.Trainer) -> Iterator[None]:
     """A new run that is refused before its first step, by a callback or for its data, leaves nothing in its folder."""
+    if not trainer.is_global_zero:  # the first process makes the folder, perhaps later than this one looks
+        yield
+        return
     before = set(folder.path.iterdir())
     try:
         yield
     except UserError:
-        if trainer.is_global_zero and trainer.global_step == 0 and not folder.last.exists():
+        if trainer.global_step == 0 and not folder.last.exists():
             for path in set(folder.path.iterdir()) - before:
                 _remove_all(path)
         raise
