@@ -225,8 +225,11 @@ class _Hub(NamedTuple):
         hub = _hub()
         if options.get("local_files_only"):
             return cls(repository, options, "nothing else may be read (local_files_only)")
+        cached = {**options, "local_files_only": True}
         if importlib.import_module("huggingface_hub.constants").HF_HUB_OFFLINE:
-            return cls(repository, options, "the Hugging Face Hub may not be asked (HF_HUB_OFFLINE)")
+            why = "the Hugging Face Hub may not be asked (HF_HUB_OFFLINE)"
+            cls._check_cache_will_do(repository, options, why)
+            return cls(repository, cached, why)
         try:
             of = {name: options.get(name) for name in ("revision", "endpoint")}
             hub.get_hf_file_metadata(
@@ -235,13 +238,19 @@ class _Hub(NamedTuple):
         except Exception as error:  # the errors of two libraries of requests; what is no matter of the Hub or the
             if not (why := _failing(error)):  # network, a file that is missing, say, is told by `fetch`
                 return cls(repository, options)
-            if options.get("force_download"):
-                raise UserError(
-                    f"{shown(repository)} cannot be downloaded anew: {why}. Check the connection and the proxy, or "
-                    "leave out force_download: then the copy in the cache is read."
-                ) from error
-            return cls(repository, {**options, "local_files_only": True}, why)
+            cls._check_cache_will_do(repository, options, why, error)
+            return cls(repository, cached, why)
         return cls(repository, options)
+
+    @staticmethod
+    def _check_cache_will_do(
+        repository: str, options: dict[str, Any], why: str, cause: Exception | None = None
+    ) -> None:
+        if options.get("force_download"):
+            raise UserError(
+                f"{shown(repository)} cannot be downloaded anew: {why}. Check the connection and the proxy, or leave "
+                "out force_download: then the copy in the cache is read."
+            ) from cause
 
     def fetch(self, name: str, called: str = "") -> Path:
         """A file. called: in the error, in place of its name. Raises UserError if it cannot be had, with the library's

@@ -21,6 +21,7 @@ from torch import nn
 import mambaseq as ms
 from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
 from mambaseq.checkpoints.hub import download, from_pretrained, push_to_hub
+from mambaseq.checkpoints.published import GENERATION, TOKENIZER_FILES
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import SequenceModel, causal_lm
@@ -279,3 +280,25 @@ def test_a_hub_that_fails_after_the_first_file(
     assert "answers 503" in told
     assert "Try again later" in told
     assert sum(waited) < 60
+
+
+def test_a_published_model_in_the_cache_is_read_where_the_hub_may_not_be_asked(
+    down: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no model.json, and other files that published models may have are missing too."""
+    from huggingface_hub import constants
+
+    missing = ("model.json", "model.safetensors.index.json", *TOKENIZER_FILES, GENERATION)
+    down.answers |= {name: (404, b"") for name in missing}
+    down.answers |= {"config.json": (200, b"{}"), "model.safetensors": (200, b"weights")}
+    folder = download("me/published", cache_dir=tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    down.answers.clear()
+    down.asked.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download("me/published", cache_dir=tmp_path) == folder
+    with pytest.raises(UserError, match=r"'me/published' cannot be downloaded anew: .*HF_HUB_OFFLINE"):
+        download("me/published", cache_dir=tmp_path, force_download=True)
+    with pytest.raises(UserError, match=r"config\.json\) of 'me/other' .*HF_HUB_OFFLINE.* has no such file"):
+        download("me/other", cache_dir=tmp_path)
+    assert not down.asked
