@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from parallel_measures import Measure, data, model_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from mambaseq.atomic import json_text
+from mambaseq.cards import card
 from mambaseq.models import causal_lm
 from mambaseq.tasks.sharding import shard_over
 
@@ -68,8 +68,8 @@ def trained(measure: Measure, name: str, how: str, size: dict[str, int], batch: 
         row["step_s"], row["gib"] = found
         row["tokens_per_s"] = ranks * batch * length / row["step_s"]
         row["losses"] = [float(loss) for loss in losses[:: max(1, len(losses) - 1)]]
-        if device.type == "cuda" and (peak := get_available_flops(device, torch.bfloat16)):
-            row["mfu"] = 6 * count * row["tokens_per_s"] / (peak * ranks)
+        if device.type == "cuda" and (known := card(torch.cuda.get_device_name(device))):
+            row["mfu"] = 6 * count * row["tokens_per_s"] / (known.flops * ranks)
     measure.keep(row)
 
 

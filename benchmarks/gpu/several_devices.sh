@@ -67,7 +67,7 @@ else
   part "numbers, step, chunks, layers" 40 115 ranks 2 --only step chunks layers
   # where links between ranks do not work, what needs none is measured still
   grep -q '"step, chunk_length' $J && more=longest || more=
-  part "fit, ddp on 2" 35 70 fit 2
+  part "fit, ddp on 2" 60 120 fit 2
   part "1.4 B, 9 B, 2^22" 30 110 ranks 2 --unchecked --only fsdp2 large $more
   part "yeasts, two GPUs" 25 60 yeast two
 fi

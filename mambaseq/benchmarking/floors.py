@@ -9,6 +9,8 @@ import time
 
 import torch
 
+from mambaseq.cards import card
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
@@ -22,25 +24,11 @@ class Peak:
         return f"{self.bytes_per_s / 1e9:,.0f} GB/s and {self.flops / 1e12:,.1f} TFLOP/s ({self.source})"
 
 
-# by a part of the name that PyTorch gives the card; the first that fits
-CARDS = {
-    "H200": (4.8e12, 989e12),
-    "H100 NVL": (3.9e12, 835e12),
-    "H100 PCIe": (2.0e12, 756e12),
-    "H100": (3.35e12, 989e12),
-    "A100-SXM4-80GB": (2.039e12, 312e12),
-    "A100-SXM4-40GB": (1.555e12, 312e12),
-}
-
-
 @functools.cache
 def peak(device: torch.device) -> Peak:
     """Of a device: its maker's figures, or else the best of some copies and products."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, (bytes_per_s, flops) in CARDS.items():
-            if part in name:
-                return Peak(bytes_per_s, flops, f"the maker's for {part}")
+    if device.type == "cuda" and (known := card(torch.cuda.get_device_name(device))) is not None:
+        return Peak(known.bytes_per_s, known.flops, f"the maker's for {known.name}")
     return Peak(_copied(device), _multiplied(device), "measured by a copy and a product")
 
 

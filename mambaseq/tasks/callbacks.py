@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from mambaseq.cards import card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.errors import UserError
 from mambaseq.tasks.finite import Diverged, FiniteGuard
@@ -379,6 +380,18 @@ def _largest_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations of products a second at best, None if unknown."""
+    if (known := card(torch.cuda.get_device_name(device))) is not None:
+        return known.flops_in(dtype, torch.get_float32_matmul_precision() != "highest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for chips that it does not know
+        try:
+            return get_available_flops(device, dtype)
+        except ValueError:
+            return None
+
+
 def _share_of_peak(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> float | None:
     """Operations of a token's products with the weights, over what all devices can do in a second; None if unknown."""
     model: Any = pl_module.model
@@ -386,12 +399,7 @@ def _share_of_peak(trainer: lightning.Trainer, pl_module: lightning.LightningMod
         return None
     precision = str(trainer.precision)
     dtype = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else torch.float32
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # for chips that it does not know
-        try:
-            peak = get_available_flops(pl_module.device, dtype)
-        except ValueError:
-            peak = None
+    peak = _peak(pl_module.device, dtype)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables -= {id(p) for p in model.head.parameters()}  # a tied embedding is multiplied with
     count = sum(p.numel() for p in model.parameters() if id(p) not in tables)
