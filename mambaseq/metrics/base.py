@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torchmetrics
@@ -45,6 +45,16 @@ class Metric(torchmetrics.Metric, abc.ABC):
 
     @abc.abstractmethod
     def compute(self) -> Tensor: ...
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *arguments: Any, **options: Any) -> Any:
+        """Follow a model to a device, not to its dtype (`trainer.precision: bf16-true`): a sum of many batches would
+        stand still in it. torchmetrics knows `half()` and its like, not `to(dtype)`."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(fn if self._dtype_convert else moved, *arguments, **options)
 
     def drawn(self, answers: Answers, draws: Tensor) -> Tensor | None:
         """The metric for each of several draws of the sequences of a set, `(draws,)` float64: what intervals are made

@@ -94,6 +94,7 @@ class Training:
         if self.checkpoints.score is None:
             validates = trainer.limit_val_batches != 0 and bool(named_sets(self.data.validation()))
             if self.checkpoints.validated_step != step and validates:
+                self.task.ends_training = True
                 with plain_interrupts(), misconfigured("The validation set cannot be read with these settings"):
                     trainer.validate(self.task, datamodule=self.datamodule, verbose=False)
             results = self.task.results

@@ -282,7 +282,7 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
     if not (key := is_over(checkpoint, trainer)) and not ended:
         return None
     refuse_without_effect(folder, changed, step)
-    run.checkpoints.recall(trainer)
+    run.checkpoints.recall(trainer, trainer.world_size // run.task.shares()[1])
     if run.is_complete(step):
         reason = f"{key} is {getattr(trainer, key.partition('.')[2])}" if key else "it had ended there"
         return Outcome(

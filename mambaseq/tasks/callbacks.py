@@ -136,18 +136,21 @@ class RunCheckpoints(Checkpoint):
         return trainer.world_size // getattr(trainer.datamodule, "sharing_validation", 1)  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.recall(trainer)
+        self.recall(trainer, self._validating(trainer))
 
-    def recall(self, trainer: lightning.Trainer) -> None:
-        """Read score and results of `best`, if they belong to this metric and these data."""
+    def recall(self, trainer: lightning.Trainer, validating: int) -> None:
+        """Read score and results of `best`, if they belong to this metric and these data. validating: how many
+        processes share the validation set."""
         found: tuple[Any, str] = None, ""
-        if trainer.is_global_zero and self.monitor and self.best.is_file():
+        # before processes have met, each reads for itself
+        reads = trainer.is_global_zero or not torch.distributed.is_initialized()
+        if reads and self.monitor and self.best.is_file():
             checkpoint = read_checkpoint(self.best, tensors="none")
             try:
                 state = checkpoint["callbacks"].get(self.state_key)
                 ours = checkpoint.get(KEY, {})
                 former = DataRecord.read(ours.get("data"))
-                processes = int(ours.get("validating", 1)), self._validating(trainer)
+                processes = int(ours.get("validating", 1)), validating
                 score = None if state is None or state["score"] is None else float(state["score"])
                 if state is not None:
                     state = {"score": score, "results": {**state["results"]}}

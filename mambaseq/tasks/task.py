@@ -104,6 +104,7 @@ class Task(lightning.LightningModule):
     seed: randomness of step k (dropout) depends only on (seed, k), so a resumed run repeats it.
     keep_answers: keep what the model answers on each row of the set that is evaluated. answers: those of each set, by
         its name, after an evaluation; None where there are too many.
+    ends_training: whether a validation is that of training's end, by the processes of training, as those before it.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Task(lightning.LightningModule):
         # of the processes that share this one's training sequences
         self._context: Context | None = None
         self._validates_parts = False
+        self.ends_training = False
         # of an evaluation: how many batches less than another process this one has, and the last that it has seen
         self._lacking = 0
         self._seen: Batch | None = None
@@ -158,21 +160,27 @@ class Task(lightning.LightningModule):
             return_logits=return_logits,
         )
 
+    def shares(self) -> tuple[int, int]:
+        """How many processes share a sequence of training, and one of validation: as many if the loss and all metrics
+        are sums over positions (`Metric.splits_time`)."""
+        shared = getattr(self.model.backbone, "context_parallel", 1)
+        adds = bool(self.model.head.per_token) and all(metric.splits_time for metric in self._metrics("val").values())
+        return shared, shared if adds else 1
+
     def setup(self, stage: str) -> None:
         """Raise ConfigError for sequences that are to be shared by processes (`context_parallel`) in another way than
-        can be. Those of training are, and those that are validated meanwhile, if the loss and all metrics are sums over
-        positions (`Metric.splits_time`); others are validated whole, by one process each."""
-        shared = getattr(self.model.backbone, "context_parallel", 1) if stage == "fit" else 1
+        can be. Those of training are, and those that are validated meanwhile or at its end, as `shares` says; any other
+        evaluation is of whole ones, by one process each."""
+        shared, validating = self.shares() if stage == "fit" or self.ends_training else (1, 1)
         self._context = None
         if shared > 1:
             self.model.check_splits_time()
             self._context = make_context(shared, self.trainer.strategy)
             if self._is_sharded:
                 gather_states(self.model.backbone)
-        adds = bool(self.model.head.per_token) and all(metric.splits_time for metric in self._metrics("val").values())
-        self._validates_parts = self._context is not None and adds
+        self._validates_parts = validating > 1
         module: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        module.sharing, module.sharing_validation = shared, shared if self._validates_parts else 1
+        module.sharing, module.sharing_validation = shared, validating
 
     def configure_model(self) -> None:
         """Shard the model where the strategy (fsdp2) leaves that to the task."""

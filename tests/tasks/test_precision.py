@@ -13,6 +13,7 @@ from tiny import TinyTokens
 
 from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.data.module import pad_collate
+from mambaseq.domain import catalog
 from mambaseq.metrics.likelihood import BitsPerToken
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq.tasks.task import Task
@@ -41,6 +42,26 @@ def test_precisions_on_a_cpu(backbone: dict[str, Any], precision: str, eps: floa
         whole = torch.stack([g.norm() for g in wanted.values()]).norm()
         for name, gradient in wanted.items():
             assert (found[name].float() - gradient).norm() <= 16 * eps * whole, name
+
+
+def test_metrics_add_up_in_their_own_dtype() -> None:
+    """In eight bits a sum of many batches stands still."""
+    names = catalog()["metrics"]
+    metrics: dict[str, Any] = {entry.name: names.get(entry.name)(class_names=("a", "b")) for entry in names}
+    kinds = {
+        name: {key: getattr(getattr(one, key), "dtype", None) for key in one._defaults} for name, one in metrics.items()
+    }
+    torch.nn.ModuleDict(metrics).to(torch.bfloat16)
+    for name, metric in metrics.items():
+        metric.reset()
+        assert {key: getattr(getattr(metric, key), "dtype", None) for key in metric._defaults} == kinds[name], name
+    data, model = Ragged("lm", LENGTHS, [9] * 300), model_of("lm")  # which learns nothing
+    _, trainer = train(data, "lm", loader={"batch_size": 1}, model=model, precision="bf16-true")
+    batches = data.validation() or []
+    with torch.no_grad():
+        losses = [float(model.eval()(batch.inputs, batch.targets).loss) * int(batch.n_targets) for batch in batches]
+    whole = sum(losses) / sum(int(batch.n_targets) for batch in batches)
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_backbone_is_thawed_by_lightnings_callback() -> None:

@@ -218,3 +218,22 @@ def test_processes_share_a_chunk() -> None:
         return loss
 
     assert on_ranks(2, on_rank) == pytest.approx([whole, whole], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lost_at_its_very_end_is_finished_with_its_best_weights(tmp_path: Path) -> None:
+    """Each process knows before it has met the others what is left to do, and on which sequences a score was found."""
+    fit = [*config(tmp_path), "--model.backbone.context_parallel=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    fit += ["--model.backbone.chunk_length=null", "--trainer.max_steps=3", "--trainer.val_check_interval=2"]
+    fit += ["--trainer.limit_val_batches=1", "--checkpoint.monitor=val/loss", "--checkpoint.mode=max"]  # step 1
+    run, whole = RunFolder(tmp_path / "run"), []
+    for how in ([*fit, "--out", str(run.path)], *[["fit", "--allow-import", "tiny", "--resume", str(run.path)]] * 2):
+        ranks = launching.start(how, tmp_path)
+        assert ranks.wait(60) == [0, 0], ranks.told(0) + ranks.told(1)
+        results = run.read_results()
+        whole.append({key: results[key] for key in ("steps", "exported_step", "val/bits_per_token")})
+        if len(whole) == 2:
+            assert "nothing to do" in ranks.told(0)
+            run.results.unlink()
+    assert whole[0]["exported_step"] < whole[0]["steps"]
+    assert whole[0] == whole[1] == whole[2]
