@@ -115,6 +115,19 @@ def test_it_is_built_and_stepped(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["text/demo", "audio/demo"])
+def test_validation_of_a_demo_does_not_grow_with_its_files(name: str) -> None:
+    """They are the first that is trained on files of one's own, as many as there are: at most a batch is validated for
+    every two that are trained on, and of the files that ship all are."""
+    run = parse_config(name, [])
+    trainer = run.trainer
+    batches = trainer["limit_val_batches"]
+    assert batches <= trainer["val_check_interval"] / 2
+    data = run.make_data()
+    data.setup()
+    assert len(data.validation()) <= batches * run.settings["loader"]["batch_size"]
+
+
 def test_the_configuration_in_the_readme_of_dna(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "domains" / "mambaseq_dna" / "README.md").read_text(encoding="utf-8")
     (written,) = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)

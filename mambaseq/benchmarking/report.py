@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from mambaseq import __version__
-from mambaseq.atomic import atomic_file, json_text
+from mambaseq.atomic import json_text
 from mambaseq.benchmarking.timing import attempt
+from mambaseq.outputs import is_stream, output_file
 
 OURS = "mambaseq"
 
@@ -63,7 +64,8 @@ class Ratio:
 
 
 class Report:
-    """Collects a benchmark's rows and prints each when it is ready. path: where all of them are written then."""
+    """Collects a benchmark's rows and prints each when it is ready. path: a file where all of them are then
+    written."""
 
     def __init__(
         self, bench: str, device: torch.device, scale: str, columns: Sequence[Column], path: Path | None = None
@@ -92,7 +94,7 @@ class Report:
         else:
             text = f"  {'-' if row.status == 'skipped' else row.status}: {row.note}"
         print(f"{label(row.shape):<42} {who:<22}{text}", flush=True)
-        if self.path is not None:
+        if self.path is not None and not is_stream(self.path):
             self.write(self.path)
 
     def _cell(self, column: Column, value: float | None) -> str:
@@ -159,7 +161,7 @@ class Report:
                 for ratio in self.ratios()
             ],
         }
-        with atomic_file(path, "w", encoding="utf-8") as file:
+        with output_file(path, "w", encoding="utf-8") as file:
             file.write(json_text(content, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambaseq.arguments import Arguments
-from mambaseq.outputs import check_picture
+from mambaseq.outputs import check_picture, is_stream
 
 if TYPE_CHECKING:
     from mambaseq.reporting.comparison import Runs
@@ -25,9 +26,7 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--sort", metavar="COLUMN", help="sort by a column, or the end of its name: accuracy, lr")
     parser.add_argument("--descending", action="store_true", help="the largest first")
-    parser.add_argument(
-        "--all", action="store_true", help="all columns, also where the terminal is too narrow for them"
-    )
+    parser.add_argument("--all", action="store_true", help="all columns, also where lines are too narrow for them")
     parser.add_argument("--csv", metavar="FILE", help="write the whole table to a file")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON, an object a run")
     parser.add_argument("--picture", metavar="FILE.png", help="draw a metric of all runs over steps, tokens and time")
@@ -40,7 +39,10 @@ def run(argv: list[str], command: str) -> int:
     found = compare([Path(folder) for folder in arguments.folders])
     if arguments.sort:
         found = ordered(found, arguments.sort, arguments.descending)
-    print_table(found, column_named(found, arguments.sort) if arguments.sort else None, arguments.all)
+    streams = any(is_stream(file) for file in (arguments.csv, arguments.json, arguments.picture) if file is not None)
+    told = sys.stderr if streams else sys.stdout  # what is written to a stream may be read by a program
+    with contextlib.redirect_stdout(told):
+        print_table(found, column_named(found, arguments.sort) if arguments.sort else None, arguments.all)
     if arguments.csv:
         write_csv(found, Path(arguments.csv))
     if arguments.json:
@@ -48,16 +50,25 @@ def run(argv: list[str], command: str) -> int:
     if arguments.picture:
         figure, notes = curves(found, arguments.curve)
         save_png(Path(arguments.picture), figure)
-        print("".join(f"{note}\n" for note in notes), end="")
+        print("".join(f"{note}\n" for note in notes), end="", file=told)
     return 0
 
 
 def print_table(found: Runs, keep: str | None = None, every: bool = False) -> None:
     """Print runs, a row each, and those that cannot be read. keep: a column that is shown in any case. every: all
-    columns; otherwise those that fit the terminal (all in a file or a pipe, unless the variable COLUMNS is set)."""
+    columns; otherwise those that fit."""
     from mambaseq.reporting.comparison import lines_of
 
-    fits = not every and (sys.stdout.isatty() or "COLUMNS" in os.environ)
-    width = shutil.get_terminal_size().columns if fits else None
+    width = None if every else _width()
     for line in [*lines_of(found, width, keep), *(f"left out: {message}" for message in found.bad)]:
         print(line)
+
+
+def _width() -> int:
+    """Characters of a line: the variable COLUMNS, or those of the terminal, also where a pager reads; 120 in a job that
+    has none."""
+    try:
+        terminal = os.get_terminal_size(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):  # no terminal, or no file
+        terminal = os.terminal_size((120, 24))
+    return shutil.get_terminal_size(terminal).columns

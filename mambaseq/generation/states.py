@@ -14,13 +14,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mambaseq.arguments import DTYPES
-from mambaseq.atomic import atomic_file, json_text
+from mambaseq.atomic import json_text
 from mambaseq.backbones.pooling import PoolState
 from mambaseq.errors import DataError, cut, shown
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.reading import prefill
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
+from mambaseq.outputs import output_file
 
 _FORMAT, _KEY = 1, "mambaseq_state"
 
@@ -72,7 +73,7 @@ def save_state(begun: Begun, path: Path, digest: str) -> None:
         tensors |= {f"layers.{number}.{name}": tensor for name, tensor in layer.tensors().items()}
     said = {"format": _FORMAT, "model": digest, "condition": begun.condition, "hidden": begun.hidden}
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {_KEY: json_text(said)})
-    with atomic_file(path) as file:
+    with output_file(path) as file:
         file.write(data)
 
 

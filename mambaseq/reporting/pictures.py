@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mambaseq.atomic import atomic_file
+from mambaseq.outputs import output_file
 from mambaseq.reporting.curves import smoothed
 from mambaseq.reporting.runs import RunFolder
 
@@ -32,8 +32,8 @@ def png(figure: Figure) -> bytes:
 
 
 def save_png(path: Path, figure: Figure) -> None:
-    """Write the figure as a PNG file, whole or not at all. Raises UserError when the disk is full or not writable."""
-    with atomic_file(path) as file:
+    """Write the figure as a PNG file, whole or not at all. Raises what `output_file` raises, as for a full disk."""
+    with output_file(path) as file:
         file.write(png(figure))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,5 +118,24 @@ def test_the_table_fits_the_terminal(
     assert capsys.readouterr().out.splitlines()[0].split() == whole
     assert [list(row) for row in json.loads((tmp_path / "t.json").read_text())] == [whole, whole]
     monkeypatch.delenv("COLUMNS")
+    made(tmp_path / "c", 0.3, {f"val/f1_of_class_{number}": 0.5 for number in range(9)}, [])
     assert main(["runs", str(tmp_path)]) == 0  # into a file or a pipe
-    assert capsys.readouterr().out.splitlines()[0].split() == whole
+    head, *rows, last = capsys.readouterr().out.splitlines()
+    assert 100 < max(map(len, (head, *rows))) <= 120
+    assert last.startswith("not shown: ")
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json"])
+def test_what_is_written_to_a_pipe_is_alone_there(option: str, runs: Path, tmp_path: Path, capsys) -> None:
+    """And the pipe stays one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)  # a small file fits into it
+    assert main(["runs", str(runs), option, str(pipe)]) == 0
+    assert pipe.is_fifo()
+    written = os.read(reader, 2**16)
+    os.close(reader)
+    assert written.startswith({"--csv": b"run,optimizer.lr,", "--json": b"[\n"}[option])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.split()[:2] == ["run", "optimizer.lr"]
