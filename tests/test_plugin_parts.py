@@ -130,8 +130,12 @@ def test_its_parts_are_listed_and_used(parts: None, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["fit", "--config", "parts/run", "--out", "no", "--optimizer.options={beat: 0.5}"]) == 2
     assert "Did you mean 'beta'?" in capsys.readouterr().err
-    assert main(["fit", "--config", "parts/run", "--out", "no", "--optimizer.name=adamw"]) == 2
-    assert "optimizer.options" in capsys.readouterr().err
+    assert main(["fit", "--config", "parts/run", "--out", "no", "--optimizer.beta1=0.5"]) == 2
+    assert "optimizer.beta1 is 0.5, which parts/sign does not use." in capsys.readouterr().err
+    assert main(["fit", "--config", "parts/run", "--out", "adamw", "--optimizer.name=adamw"]) == 0
+    note = "adamw is another optimizer; parts/sign's settings are dropped: options {'beta': 0.9}.\n"
+    assert note in capsys.readouterr().err
+    assert read_checkpoint(Path("adamw/checkpoints/last.ckpt"))["optimizer_states"][0]["param_groups"][0]["lr"] <= 1e-3
 
 
 def test_they_are_held_against_the_laws(parts: None) -> None:

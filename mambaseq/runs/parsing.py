@@ -32,6 +32,7 @@ from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes
 from mambaseq.runs.values import PATHS, check_values
 from mambaseq.specs import arguments_of
+from mambaseq.tasks.optimizer import OptimizerConfig, not_of
 
 # the kind of thing that a key names, as `mambaseq list` calls it
 KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in MODEL_PARTS}}
@@ -119,7 +120,7 @@ def _refuse_code(raw: dict[str, Any], overrides: list[str], parts: dict[str, Any
 
 
 def _without_former_parts(
-    raw: dict[str, Any], names: dict[str, str], classes: dict[str, Any], mixers: dict[str, str]
+    raw: dict[str, Any], argv: list[str], names: dict[str, str], classes: dict[str, Any], mixers: dict[str, str]
 ) -> str:
     """The YAML for the parser: the file's settings, changed where the command line names another class for a part. Then
     settings that the new class does not take are dropped, and those of mixers that the backbone no longer has. For
@@ -147,7 +148,25 @@ def _without_former_parts(
                 print(note, file=sys.stderr)
             for key in dropped:
                 del settings[key]
+    _drop_of_former_optimizer(raw, argv)
     return dump_yaml(raw)
+
+
+def _drop_of_former_optimizer(raw: dict[str, Any], argv: list[str]) -> None:
+    """Where the command line names another optimizer, take those of the file's settings away that were for the former
+    one, and say so. The rates and the schedule are for any."""
+    settings, default = raw.get("optimizer"), OptimizerConfig()
+    if not isinstance(settings, dict):
+        return
+    former, name = settings.get("name", default.name), _override(argv, "optimizer.name")
+    if name is None or name == former:
+        return
+    dropped = sorted(settings.keys() & (not_of(name) | {"options"}))
+    told = {key: settings.pop(key) for key in dropped}
+    told = {key: value for key, value in told.items() if value != getattr(default, key)}
+    if told:
+        values = ", ".join(f"{key} {value}" for key, value in told.items())
+        print(f"{name} is another optimizer; {former}'s settings are dropped: {values}.", file=sys.stderr)
 
 
 def _absolute(value: Any, key: str, kind: Any) -> Any:
@@ -354,7 +373,9 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
         },
     )
     try:
-        parsed = parser.parse_args(["--config", _without_former_parts(raw, names, classes, mixers), *overrides])
+        parsed = parser.parse_args(
+            ["--config", _without_former_parts(raw, overrides, names, classes, mixers), *overrides]
+        )
         parsed.pop("config")
         classes_written = {key: _plain(parsed["trainer"].get(key)) for key in KEYS}
         check_settings({**parsed.as_dict(), "trainer": {**parsed["trainer"].as_dict(), **classes_written}})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mambaseq.domain import catalog
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, cut_list, shown
 from mambaseq.specs import check_options
 
 # dynamics have no weight decay: pulling A_log, B, D or dt towards zero would change the learned memory
@@ -73,6 +73,15 @@ class OptimizerConfig:
         for name in ("decay_share", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optimizer.{name} must be between 0 and 1; it is {getattr(self, name)}.")
+
+
+_ADAMW = {"beta1", "beta2", "eps"}
+_TAKES = {"adamw": _ADAMW, "muon": {*_ADAMW, "momentum"}}  # Muon: AdamW for what is no matrix
+
+
+def not_of(name: str) -> set[str]:
+    """The keys of `OptimizerConfig` that are an optimizer's own, but not those of the optimizer of this name."""
+    return {"options"}.union(*_TAKES.values()) - _TAKES.get(name, {"options"})
 
 
 def parameter_groups(
@@ -229,8 +238,8 @@ def make_optimizer(
 
     capturable: on CUDA, make the step one kernel that a CUDA graph can capture; learning rates are then tensors.
     factors, frozen: see `parameter_groups`.
-    Raises ConfigError if the schedule has no last step to end at (`inf`), and for Muon if its step must be captured, or
-    there is nothing for it.
+    Raises ConfigError if the schedule has no last step to end at (`inf`), for settings of another optimizer, and for
+    Muon if its step must be captured, or there is nothing for it.
     """
     if math.isinf(total_steps) and config.schedule != "constant":
         raise ConfigError(
@@ -242,11 +251,7 @@ def make_optimizer(
         raise ConfigError(
             f"optimizer.name is {shown(config.name)}, whose step cannot be captured in a CUDA graph. Use 'adamw'."
         )
-    if config.options and config.name in ("adamw", "muon"):
-        raise ConfigError(
-            f"optimizer.options are for other optimizers than adamw and muon, but optimizer.name is {config.name}. "
-            "Leave them out: the options of these two are keys of optimizer itself (beta1, eps, momentum, ...)."
-        )
+    _refuse_others(config)
     groups = parameter_groups(model, config.weight_decay, muon=muon, factors=factors, frozen=frozen)
     betas = (config.beta1, config.beta2)
     optimizer: torch.optim.Optimizer
@@ -265,6 +270,23 @@ def make_optimizer(
         )
         optimizer._warned_capturable_if_run_uncaptured = True  # it would warn about the steps before a capture
     return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
+
+
+def _refuse_others(config: OptimizerConfig) -> None:
+    """Raise ConfigError for what the optimizer would not use: options and keys of others."""
+    if config.options and config.name in _TAKES:
+        raise ConfigError(
+            f"optimizer.options are for other optimizers than adamw and muon, but optimizer.name is {config.name}. "
+            "Leave them out: the options of these two are keys of optimizer itself (beta1, eps, momentum, ...)."
+        )
+    unset = OptimizerConfig()
+    for key in sorted(not_of(config.name)):
+        if (value := getattr(config, key)) != getattr(unset, key):
+            has = "options" if config.name not in _TAKES else cut_list(sorted(_TAKES[config.name]))
+            raise ConfigError(
+                f"optimizer.{key} is {value}, which {config.name} does not use. Leave it out; what it takes is under "
+                f"optimizer's {has}."
+            )
 
 
 def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from mambaseq.mixers.s4d import S4D
 from mambaseq.models import build_model
 from mambaseq.runs import parser, parsing
 from mambaseq.runs.parsing import parse_config
+from mambaseq.tasks.optimizer import OptimizerConfig
 
 BASE = 'data: {name: "tiny:TinyTokens", size: 8}\nmodel: {d_model: 8, mixer: {name: mamba, d_state: 4}}\n'
 
@@ -75,6 +78,30 @@ def test_another_name_drops_the_settings_of_the_former_class(config: Path, capsy
     assert note in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"no key 'model\.mixer\.d_conv'.*s4d has .*d_state.*\.name s4d"):
         parse_config(str(config), ["--model.mixer.name=s4d", "--model.mixer.d_conv=3"])
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "expected", "note"),
+    [
+        ({"beta1": 0.8, "lr": 0.5}, ["name=muon"], {"name": "muon", "beta1": 0.8, "lr": 0.5}, ""),
+        (
+            {"name": "muon", "momentum": 0.8, "beta1": 0.7, "warmup_steps": 3},
+            ["name=adamw"],
+            {"name": "adamw", "beta1": 0.7, "warmup_steps": 3},
+            "adamw is another optimizer; muon's settings are dropped: momentum 0.8.",
+        ),
+        ({"name": "muon", "momentum": 0.8}, ["name=muon"], {"name": "muon", "momentum": 0.8}, ""),
+        ({"momentum": 0.95}, ["name=muon", "momentum=0.9"], {"name": "muon", "momentum": 0.9}, ""),
+    ],
+)
+def test_another_optimizer_drops_what_was_for_the_former_one(
+    written: dict, given: list[str], expected: dict, note: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Muon has the betas of AdamW as well; rates and the schedule are any optimizer's."""
+    config.write_text(f"{BASE}\noptimizer: {json.dumps(written)}\n")
+    run = parse_config(str(config), [f"--optimizer.{one}" for one in given])
+    assert run.settings["optimizer"] == dataclasses.asdict(OptimizerConfig(**expected))
+    assert capsys.readouterr().err == (f"{note}\n" if note else "")
 
 
 def test_options_of_a_mixer_that_the_pattern_does_not_have(config: Path) -> None:
