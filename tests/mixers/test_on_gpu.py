@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from mixers.variants import CASES
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from mambaseq.domain import catalog
 from mambaseq.mixers import mamba
+from mambaseq.ops.blocks.mamba import mamba_block
+from mambaseq.ops.selective_scan import segments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +77,27 @@ def test_compiled_equals_eager(name: str, options: dict, backend: str) -> None:
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
     for compiled, eager in zip(results[1], results[0], strict=True):
         close(compiled, eager)
+
+
+@pytest.mark.parametrize("narrow", [0, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_16_bits_are_read_as_they_are(
+    dtype: torch.dtype, narrow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as from their copies in float32."""
+    monkeypatch.setattr(segments, "narrow_states", lambda *shape: narrow)
+    torch.manual_seed(0)
+    mixer = mamba.Mamba(40).cuda().to(dtype)
+    x = torch.randn(2, 300, 40, device="cuda", dtype=dtype, requires_grad=True)
+    own = mixer._block_arguments(x, None, None, True)
+    wide = own._replace(A_log=own.A_log.float(), D=own.D.float(), dt_bias=own.dt_bias.float())
+    for one, other in zip(*(outputs_and_gradient(whole) for whole in (own, wide)), strict=True):
+        assert torch.equal(one, other)
+
+
+def outputs_and_gradient(whole: Any) -> list[Tensor]:
+    outputs = mamba_block(whole)
+    return [*outputs, *torch.autograd.grad(outputs[0].float().square().sum(), [whole.x])]
 
 
 PACKED = [0, 1, 1, 200, 300]

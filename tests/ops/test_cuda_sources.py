@@ -24,13 +24,15 @@ def macros_of(monkeypatch: pytest.MonkeyPatch, file: str, inputs: launches.Input
     seen: list[Any] = []
     monkeypatch.setattr(nvrtc, "kernel", lambda files, name, macros, *rest: seen.append(macros))
     launches.compiled.cache_clear()
-    narrow = launches.NARROW // launches.padded(inputs.d_state)
-    launches.kernel_of(file, inputs, channels=narrow if file == "forward_narrow" else launches.CHANNELS)
+    name, *own = file.split()
+    states = launches.padded(inputs.d_state)
+    channels = launches.narrow_channels(states, min(int(own[0]), states // 4)) if own else launches.CHANNELS
+    launches.kernel_of(name, inputs, channels=channels)
     launches.compiled.cache_clear()
     return seen[0]
 
 
-@pytest.mark.parametrize("file", ["forward", "forward_narrow", "backward", "backward_summary"])
+@pytest.mark.parametrize("file", ["forward", "forward_narrow 2", "forward_narrow 4", "backward", "backward_summary"])
 @pytest.mark.parametrize(
     ("dtype", "d_state", "channels", "gated"),
     [
@@ -49,7 +51,7 @@ def test_compile(
         x, x, torch.zeros(channels, d_state), B, B, D=vector, z=x if gated else None, dt_bias=vector, dt_softplus=gated
     )
     macros = macros_of(monkeypatch, file, cuda.prepare(arguments))
-    source = "".join(path.read_text() for path in launches.FILES[file])
+    source = "".join(path.read_text() for path in launches.FILES[file.split()[0]])
     for architecture in ("80", "90", "100") if dtype == torch.bfloat16 else ("80",):
         assert len(nvrtc.compile_to_cubin(source, macros, architecture)) > 1000
 
@@ -76,7 +78,7 @@ def test_complex_and_constant_ones_compile(
         "B" in constant,
         "C" in constant,
     ]
-    source = "".join(path.read_text() for path in launches.FILES[file])
+    source = "".join(path.read_text() for path in launches.FILES[file.split()[0]])
     assert len(nvrtc.compile_to_cubin(source, macros, "80")) > 1000
 
 
@@ -185,8 +187,12 @@ def test_few_channels_are_taken_whole() -> None:
     """Where cutting them would cost more than leaving multiprocessors to themselves, of which there are 132 here."""
     narrow = {(1, 2048, 65536), (2, 2048, 8192), (1, 4096, 8192), (1, 2048, 1024), (1, 1536, 256), (4, 1536, 2048)}
     for batch, channels, length in narrow | {(1, 1024, 16384), (1, 1536, 8192), (8, 2048, 2048), (32, 1536, 2048)}:
-        chosen = segments.is_narrow(batch * channels // 16, batch * channels // 64, length, 132)
-        assert chosen == ((batch, channels, length) in narrow), (batch, channels, length)
+        blocks = (batch * channels // size for size in (16, 32, 64))
+        chosen = segments.narrow_states(*blocks, length, 132)
+        assert bool(chosen) == ((batch, channels, length) in narrow), (batch, channels, length)
+    assert segments.narrow_states(256, 128, 64, 2048, 132) == 4  # 1 x 4096 x 2048
+    assert segments.narrow_states(264, 176, 88, 2048, 132) != 4  # 88 x 48 x 2048: a second time for some
+    assert segments.narrow_states(128, 64, 32, 2048, 132) == 2
 
 
 def test_gradients_in_bf16_fit_into_smaller_gpus() -> None:

@@ -255,7 +255,7 @@ def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [0, 2, 4])
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -265,9 +265,10 @@ def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str
         for dtype in ([torch.float32, torch.bfloat16] if case in HALF else [torch.float32])
     ],
 )
-def test_either_forward_kernel(case: str, dtype: torch.dtype, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few channels through whole sequences, and many through pieces of them, whatever the shape."""
-    monkeypatch.setattr(segments, "is_narrow", lambda *shape: narrow)
+def test_either_forward_kernel(case: str, dtype: torch.dtype, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few channels through whole sequences, by threads of two or four states, and many through pieces of them, whatever
+    the shape."""
+    monkeypatch.setattr(segments, "narrow_states", lambda *shape: narrow)
     assert_equals_reference(OP, "cuda", build(case, dtype), device_or_skip("cuda"), dtype)
 
 

@@ -90,9 +90,14 @@ def _A(a: BlockArguments) -> Tensor:
     return torch.complex(-torch.exp(a.A_log.detach().float()), a.A_imag.detach().float())
 
 
-def _parameters(a: BlockArguments) -> list[Tensor]:
-    """What `_A` gives, D and dt's bias."""
-    return vectors(a.A_log, a.D, a.dt_bias) if a.A_imag is None else [_A(a), *vectors(a.D, a.dt_bias)]
+def _parameters(a: BlockArguments, wide: bool) -> list[Tensor]:
+    """What `_A` gives, D and dt's bias: in float32 if `wide`, else as the scan's forward takes them."""
+    if a.A_imag is not None:
+        return [_A(a), *vectors(a.D, a.dt_bias)]
+    given = a.A_log, a.D, a.dt_bias
+    if wide or len({value.dtype for value in given}) > 1:
+        return vectors(*given)
+    return [value.contiguous() for value in given]
 
 
 def _state(state: Tensor | None, is_complex: bool) -> Tensor | None:
@@ -101,10 +106,13 @@ def _state(state: Tensor | None, is_complex: bool) -> Tensor | None:
     return state.detach().to(torch.complex64).resolve_conj().contiguous()
 
 
-def _scan_inputs(a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products: Tensor) -> scan.Inputs:
+def _scan_inputs(
+    a: BlockArguments, xz: Tensor, u: Tensor, dt: Tensor, products: Tensor, wide: bool = False
+) -> scan.Inputs:
+    """wide: parameters in float32, as `scan.backward` takes them."""
     batch, length, d_inner = a.sizes
     _, B, C = _split(a, products)
-    A, D, bias = _parameters(a)
+    A, D, bias = _parameters(a, wide)
     width = products.shape[1]
     return scan.Inputs(
         scan.Rows(u, d_inner),
@@ -263,7 +271,7 @@ def backward(
             dssm = link.scan_gradient()
         dxz, dproducts, gated = torch.empty_like(xz), torch.empty_like(products), torch.empty_like(u)
         dlow, dB, dC = _split(a, dproducts)
-        inputs = _scan_inputs(a, xz, u, dt, products)
+        inputs = _scan_inputs(a, xz, u, dt, products, wide=True)
         dstate = _state(dssm, a.A_imag is not None)
         found = scan.backward(inputs, dy, dstate, kept, scan.Into(dxz[:, d_inner:], gated, dB, dC))
         del dy, inputs, dt

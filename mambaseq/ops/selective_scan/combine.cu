@@ -9,20 +9,36 @@ typedef double total_t;
 #else
 typedef float number, total_t;
 #endif
+#if WEIGHTS  // A is bfloat16 (1) or float16 (2)
+typedef unsigned short weight_t;
+#else
+typedef float weight_t;
+#endif
+__device__ __forceinline__ float weight(weight_t v) {
+#if WEIGHTS == 1
+    return __uint_as_float((unsigned int)v << 16);
+#elif WEIGHTS == 2
+    float r;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
+    return r;
+#else
+    return v;
+#endif
+}
 #define AHEAD 8  // segments whose numbers are asked for together: they come from memory one by one otherwise
 
-extern "C" __global__ void combine(const float *local, const total_t *sum_dt, const float *A, const float *first,
+extern "C" __global__ void combine(const float *local, const total_t *sum_dt, const weight_t *A, const float *first,
                                    const i64 *begins, const i64 *counts, int count, int go, int channels, int d_state,
                                    float *entering) {
     const i64 size = (i64)channels * d_state, i = (i64)blockIdx.y * blockDim.x + threadIdx.x, sequence = blockIdx.x;
     if (i >= size) return;
 #if COMPLEX
     // the angle of a whole segment may be thousands of turns
-    const double turns = (go > 0 ? 0.15915494309189535 : -0.15915494309189535) * A[2 * i + 1];
-    const float A2 = A[2 * i] * 1.4426950408889634f;
+    const double turns = (go > 0 ? 0.15915494309189535 : -0.15915494309189535) * weight(A[2 * i + 1]);
+    const float A2 = weight(A[2 * i]) * 1.4426950408889634f;
     const number nothing = make_float2(0.f, 0.f);
 #else
-    const float A2 = (LOG_A ? -expf(A[i]) : A[i]) * 1.4426950408889634f;
+    const float A2 = (LOG_A ? -expf(weight(A[i])) : weight(A[i])) * 1.4426950408889634f;
     const number nothing = 0.f;
 #endif
     const number *const locals = (const number *)local, *const firsts = (const number *)first;

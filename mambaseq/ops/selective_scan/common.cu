@@ -6,18 +6,20 @@
 //   CONSTANT_B, CONSTANT_C   whether B, C are (channels, d_state) of float32 instead of rows
 //   HAS_Z, HAS_D, HAS_BIAS, SOFTPLUS   0 or 1
 //   LOG_A       whether A is given as log(-A)
+//   WEIGHTS     the type of A, D and bias, as IN; float32 where COMPLEX
 //   VEC, VEC_BC bytes of an asynchronous copy of channels, of states (16, 8 or 4), 0 where rows are not aligned to 4
 //   EVEN        whether pairs of channels are aligned to themselves in rows of y and of gradients
 //   TILE        steps that are fetched together
 //   THREADS     of a block
 //   EVERY       steps between two checkpoints of the state
-//   OWN         states of a thread (forward)
+//   OWN         states of a thread (forward, forward_narrow)
 //   BLOCKS      that a multiprocessor should have room for
 //   SHARED      bytes of shared memory
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
 
+__device__ __forceinline__ float of_half(u16 v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v)); return r; }
 #if IN == 0
 typedef float in_t;
 __device__ __forceinline__ float widen(in_t v) { return v; }
@@ -28,8 +30,18 @@ __device__ __forceinline__ float widen(in_t v) { return __uint_as_float((u32)v <
 __device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
 #else
 typedef u16 in_t;
-__device__ __forceinline__ float widen(in_t v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v)); return r; }
+__device__ __forceinline__ float widen(in_t v) { return of_half(v); }
 __device__ __forceinline__ in_t narrow(float v) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); return r; }
+#endif
+#if WEIGHTS == 0
+typedef float weight_t;
+__device__ __forceinline__ float weight(weight_t v) { return v; }
+#elif WEIGHTS == 1
+typedef u16 weight_t;
+__device__ __forceinline__ float weight(weight_t v) { return __uint_as_float((u32)v << 16); }
+#else
+typedef u16 weight_t;
+__device__ __forceinline__ float weight(weight_t v) { return of_half(v); }
 #endif
 
 #define LOG2E 1.4426950408889634f

@@ -18,7 +18,7 @@ static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for")
 template <bool SUMMARY>
 __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z,
                                      i64 z_stride, const in_t *B, i64 B_stride, const in_t *C, i64 C_stride,
-                                     const float *A, const float *D, const float *bias, const float *initial,
+                                     const weight_t *A, const weight_t *D, const weight_t *bias, const float *initial,
                                      const float *entering, const Segment &here, int segment, int go, int channels,
                                      int d_state, int per_group, in_t *y,
                                      i64 y_stride, float *final_state, float *checkpoints, float *local,
@@ -40,13 +40,14 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
 #pragma unroll
     for (int n = 0; n < OWN; n++) {
         bool exists = is_channel && first + n < d_state;
-        A2[n] = exists ? rate(A[(i64)c * d_state + first + n], n) : 0.f;
-        if (COMPLEX && n % 2) rests[n] = exists ? rest_of_rate(A[(i64)c * d_state + first + n]) : 0.f;
+        A2[n] = exists ? rate(weight(A[(i64)c * d_state + first + n]), n) : 0.f;
+        if (COMPLEX && n % 2) rests[n] = exists ? rest_of_rate(weight(A[(i64)c * d_state + first + n])) : 0.f;
         if (CONSTANT_B) own_B[n] = exists ? ((const float *)B)[(i64)c * d_state + first + n] : 0.f;
         if (CONSTANT_C) own_C[n] = exists && !SUMMARY ? of_C(((const float *)C)[(i64)c * d_state + first + n], n) : 0.f;
         h[n] = exists && before ? before[(from * channels + c) * d_state + first + n] : 0.f;
     }
-    const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f, own_D = HAS_D && is_channel ? D[c] : 0.f;
+    const float own_bias = HAS_BIAS && is_channel ? weight(bias[c]) : 0.f;
+    const float own_D = HAS_D && is_channel ? weight(D[c]) : 0.f;
     total_t total_dt = 0;
 
     const int n_tiles = (length + TILE - 1) / TILE;
@@ -192,7 +193,7 @@ __device__ __forceinline__ void scan(const in_t *x, i64 x_stride, const in_t *dt
 // known, and summaries of the others; part 2: outputs of the others.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     forward(int part, const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
-            i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
+            i64 B_stride, const in_t *C, i64 C_stride, const weight_t *A, const weight_t *D, const weight_t *bias,
             const float *initial, const float *entering, SEGMENTS, int go, int channels, int d_state, int per_group, in_t *y,
             i64 y_stride, float *final_state, float *checkpoints, float *local, total_t *sum_dt) {
     const int segment = blockIdx.x / ((channels + CHANNELS - 1) / CHANNELS);

@@ -1,9 +1,10 @@
 // The selective scan forward for few channels: a block takes a few channels through a whole sequence, so that time need not
-// be cut, and the exponentials of each step are made once. A third of its threads (THREADS of them) run the recurrence, two
+// be cut, and the exponentials of each step are made once. A third of its threads (THREADS of them) run the recurrence, OWN
 // states each, and nothing else; a third bring rows from memory, make step sizes and widen B and C for the tile after; a
 // third sum, gate and write the outputs of the tile before. One barrier a tile, and one before the first: always of all
 // threads, since race checkers do not follow a barrier of some.
-#define SUBS (STATES / 2)                    // threads of a channel
+#define SUBS (STATES / OWN)                  // threads of a channel
+#define PAIRS (STATES / 2)                   // of states
 #define NARROW (THREADS / SUBS)              // channels of a block
 #define QUADS (TILE * NARROW / 4 / THREADS)  // times that a thread prepares or writes four steps of a channel
 #define WARPS (THREADS / 32)
@@ -16,15 +17,16 @@ struct Shared {
     in_t x[RING][TILE * NARROW], dt[RING][TILE * NARROW], z[RING][HAS_Z ? TILE * NARROW : 8];
     in_t B[RING][TILE * STATES], C[RING][TILE * STATES];
     float dt_u[2][NARROW * DT_ROW];      // step size, and input times it, of each step
-    float4 bc[2][TILE * SUBS];           // two of B and two of C
-    float out[2][NARROW * OUT_CHANNEL];  // what two states each add to outputs
+    float4 bc[2][TILE * PAIRS];          // two of B and two of C
+    float out[2][NARROW * OUT_CHANNEL];  // what the states of a thread add to outputs
 };
 typedef Reader<TILE, NARROW, NARROW, VEC, 32, NARROW * sizeof(in_t) == 32> Wide;
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than was asked for");
+static_assert(NARROW <= 32, "a warp brings a row");
 
 extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
     forward_narrow(const in_t *x, i64 x_stride, const in_t *dt, i64 dt_stride, const in_t *z, i64 z_stride, const in_t *B,
-                   i64 B_stride, const in_t *C, i64 C_stride, const float *A, const float *D, const float *bias,
+                   i64 B_stride, const in_t *C, i64 C_stride, const weight_t *A, const weight_t *D, const weight_t *bias,
                    const float *initial, SEGMENTS, int go, int channels, int d_state, int per_group, in_t *y,
                    i64 y_stride, float *final_state, float *checkpoints) {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -38,34 +40,41 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
     if (threadIdx.x < THREADS) {  // runs the recurrence
         // neighbouring lanes want the same B and C, which halves the reads of shared memory
         const int channel = thread / (2 * SUBS) * 2 + thread % 2, sub = thread / 2 % SUBS, c = c0 + channel;
-        const i64 state = ((i64)here.sequence * channels + c) * d_state + 2 * sub;
-        const bool has0 = c < channels && 2 * sub < d_state, has1 = c < channels && 2 * sub + 1 < d_state;
-        const i64 rate = (i64)c * d_state + 2 * sub;
-        const float A0 = has0 ? decay_rate(A[rate]) * LOG2E : 0.f, A1 = has1 ? decay_rate(A[rate + 1]) * LOG2E : 0.f;
-        float h0 = has0 && initial ? initial[state] : 0.f, h1 = has1 && initial ? initial[state + 1] : 0.f;
+        const i64 state = ((i64)here.sequence * channels + c) * d_state + OWN * sub;
+        const int states = c < channels ? d_state - OWN * sub : 0;  // that exist
+        float A2[OWN], h[OWN];
+#pragma unroll
+        for (int n = 0; n < OWN; n++) {
+            A2[n] = n < states ? decay_rate(weight(A[(i64)c * d_state + OWN * sub + n])) * LOG2E : 0.f;
+            h[n] = n < states && initial ? initial[state + n] : 0.f;
+        }
         const i64 slot_size = (i64)channels * STATES;
-        float *slot = checkpoints + here.checkpoint * slot_size + (i64)c * STATES + 2 * sub;
+        float *slot = checkpoints + here.checkpoint * slot_size + (i64)c * STATES + OWN * sub;
         __syncthreads();
         for (int k = 0; k <= n_tiles; k++) {
             __syncthreads();
             if (k == n_tiles) break;
-            const float4 *bc = s.bc[k & 1] + sub;
+            const float4 *bc = s.bc[k & 1] + OWN / 2 * sub;
             const float4 *du = (const float4 *)(s.dt_u[k & 1] + channel * DT_ROW);
             float4 *out = (float4 *)(s.out[k & 1] + channel * OUT_CHANNEL + sub * OUT_ROW);
             // Decays are made four steps ahead and what they are made of is read four steps before that: a warp runs
             // alone on its scheduler, so nothing else covers the time that a result takes to arrive.
-            float4 m[2][4], d[2][2];
-            float e0[2][4], e1[2][4];
+            float4 m[2][4][OWN / 2], d[2][2];
+            float e[2][4][OWN];
             auto read = [&](int t, int into) {
 #pragma unroll
-                for (int j = 0; j < 4; j++) m[into][j] = bc[(t + j) * SUBS];
+                for (int j = 0; j < 4; j++) {
+#pragma unroll
+                    for (int q = 0; q < OWN / 2; q++) m[into][j][q] = bc[(t + j) * PAIRS + q];
+                }
             };
             auto read_steps = [&](int t, int into) { d[into][0] = du[t / 2], d[into][1] = du[t / 2 + 1]; };
             auto decay = [&](int from) {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float step = j & 1 ? d[from][j / 2].z : d[from][j / 2].x;
-                    e0[from][j] = ex2(step * A0), e1[from][j] = ex2(step * A1);
+#pragma unroll
+                    for (int n = 0; n < OWN; n++) e[from][j][n] = ex2(step * A2[n]);
                 }
             };
             read_steps(0, 0), read(0, 0), read_steps(4, 1);
@@ -74,7 +83,10 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
             for (int t = 0; t < TILE; t += 4) {
                 const int at = t / 4 & 1;
                 if (t % EVERY == 0 && checkpoints && k * TILE + t < length) {
-                    if (c < channels) *(float2 *)slot = make_float2(h0, h1);
+                    if (c < channels) {
+#pragma unroll
+                        for (int n = 0; n < OWN; n += 2) *(float2 *)(slot + n) = make_float2(h[n], h[n + 1]);
+                    }
                     slot += slot_size;
                 }
                 if (t + 4 < TILE) decay(at ^ 1), read(t + 4, at ^ 1);
@@ -82,16 +94,22 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float u = j & 1 ? d[at][j / 2].w : d[at][j / 2].y;
-                    h0 = fmaf(e0[at][j], h0, u * m[at][j].x);
-                    h1 = fmaf(e1[at][j], h1, u * m[at][j].y);
-                    v[j] = fmaf(h1, m[at][j].w, h0 * m[at][j].z);
+#pragma unroll
+                    for (int q = 0; q < OWN / 2; q++) {
+                        const float4 w = m[at][j][q];
+                        float &h0 = h[2 * q], &h1 = h[2 * q + 1];
+                        h0 = fmaf(e[at][j][2 * q], h0, u * w.x);
+                        h1 = fmaf(e[at][j][2 * q + 1], h1, u * w.y);
+                        v[j] = fmaf(h1, w.w, q ? fmaf(h0, w.z, v[j]) : h0 * w.z);
+                    }
                 }
                 if (t + 8 < TILE) read_steps(t + 8, at);
                 out[t / 4] = make_float4(v[0], v[1], v[2], v[3]);
             }
         }
-        if (has0) final_state[state] = h0;
-        if (has1) final_state[state + 1] = h1;
+#pragma unroll
+        for (int n = 0; n < OWN; n++)
+            if (n < states) final_state[state + n] = h[n];
         return;
     }
 
@@ -99,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
     const bool is_channel = c < channels;
 
     if (threadIdx.x < 2 * THREADS) {  // fetches and prepares
-        const float own_bias = HAS_BIAS && is_channel ? bias[c] : 0.f;
+        const float own_bias = HAS_BIAS && is_channel ? weight(bias[c]) : 0.f;
         // Each warp brings some of the five kinds of rows.
         const int warp = thread / 32, present = channels - c0, group_column = c0 / per_group * d_state;
         Wide read_x(x + here.row0 * x_stride + c0, x_stride * go, present, 1);
@@ -139,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
                 into[0] = pairs[0], into[1] = pairs[1];
             }
 #pragma unroll
-            for (int i = thread; i < TILE * SUBS; i += THREADS) {
+            for (int i = thread; i < TILE * PAIRS; i += THREADS) {
                 const float2 b = pair(s.B[at] + 2 * i), w = pair(s.C[at] + 2 * i);
                 s.bc[k & 1][i] = make_float4(b.x, b.y, w.x, w.y);
             }
@@ -160,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(3 * THREADS, BLOCKS)
     }
 
     // sums, gates and writes
-    const float own_D = HAS_D && is_channel ? D[c] : 0.f;
+    const float own_D = HAS_D && is_channel ? weight(D[c]) : 0.f;
     const i64 y_go = y_stride * go;
     in_t *to = y + (here.row0 + (i64)first * go) * y_stride + c;
     int at = 0;

@@ -21,7 +21,7 @@ from mambaseq.ops.selective_scan import segments
 CHANNELS = 64  # of a block
 STATES = 16  # the most that the kernels take at once, real or complex
 _OWN = 8  # the states of a thread, two channels' in the backward kernel; complex ones count twice
-NARROW = 256  # states of all channels of a block of the kernel for few channels
+NARROW_THREADS = 128  # that run the recurrence in a block of the kernel for few channels
 _AHEAD = 4  # tiles that the kernel for few channels has on their way from memory
 _SUMS = 128  # that a block of a kernel which sums takes
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,7 +45,8 @@ class Rows(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All rows have the dtype of x; A, D and bias are float32 and contiguous.
+    """All rows have the dtype of x; A, D and bias are float32 and contiguous. `forward` takes them of any dtype that
+    rows may have, the same of all three, and widens them as it reads them.
 
     is_log: A holds log(-A). per_group: channels of a group of B and C. state: float32, contiguous. Where A and the
     state are complex64, B and C are rows of pairs of real and imaginary parts. constant_B, constant_C: B, C are
@@ -88,6 +89,15 @@ class Inputs(NamedTuple):
     def numbers(self) -> int:
         """Of a channel's states: complex ones have two."""
         return numbers_of(self.A)
+
+    @property
+    def weights(self) -> torch.dtype:
+        """Of the numbers of A, D and bias."""
+        return torch.float32 if self.A.is_complex() else self.A.dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.complex64 if self.A.is_complex() else torch.float32
 
     def addresses(self) -> tuple[Any, ...]:
         z = (None, 0) if self.z is None else self.z
@@ -148,6 +158,7 @@ def kernel_of(file: str, inputs: Inputs, dy: Rows | None = None, channels: int =
         inputs.bias is not None,
         inputs.dt_softplus,
         inputs.is_log,
+        inputs.weights,
         alignment(math.gcd(channels, inputs.channels), dtype.itemsize, *wide),
         min(alignment(numbers, dtype.itemsize, *varying), states * dtype.itemsize),
         inputs.channels % 2 == 0,
@@ -163,15 +174,12 @@ def _block(
     shared memory: `struct Shared`, which the sources hold against it."""
     threads = CHANNELS * states // _OWN
     if file == "forward_narrow":
-        ring = _AHEAD + 2
+        ring, own = _AHEAD + 2, channels * states // NARROW_THREADS
+        subs = states // own
         raw = channels * item * (3 if has_z else 2) + 2 * states * item
-        made = channels * (8 + 2 * states) + states * 8
-        return (
-            32,
-            channels * states // 2,
-            2,
-            32 * (ring * raw + 2 * made) + 2 * channels * (16 + states // 2 * 32 + 16) + 1024,
-        )
+        made = channels * (8 + 4 * subs) + states * 8
+        shared = 32 * (ring * raw + 2 * made) + 2 * channels * (16 + subs * 32 + 16) + 1024
+        return 32, NARROW_THREADS, 4 // own, shared
     if file == "backward":
         tile, blocks = segments.EVERY, 256 // threads
         raw = CHANNELS * item * (8 if has_z else 6) + states * item * 4
@@ -204,6 +212,7 @@ def compiled(
     has_bias: bool,
     softplus: bool,
     is_log: bool,
+    weights: torch.dtype,
     alignment: int,
     alignment_of_states: int,
     even: bool,
@@ -223,13 +232,14 @@ def compiled(
         "HAS_BIAS": int(has_bias),
         "SOFTPLUS": int(softplus),
         "LOG_A": int(is_log),
+        "WEIGHTS": CODES[weights],
         "VEC": alignment,
         "VEC_BC": alignment_of_states,
         "EVEN": int(even),
         "TILE": tile,
         "THREADS": threads,
         "EVERY": segments.EVERY,
-        "OWN": _OWN,
+        "OWN": channels * states // threads if file == "forward_narrow" else _OWN,
         "AHEAD": _AHEAD,
         "BLOCKS": blocks,
         "SHARED": shared,
@@ -240,7 +250,13 @@ def compiled(
 
 @functools.cache
 def summer(
-    name: str, dtype: torch.dtype, states: int, is_log: bool, device: int, is_complex: bool = False
+    name: str,
+    dtype: torch.dtype,
+    states: int,
+    is_log: bool,
+    device: int,
+    is_complex: bool = False,
+    weights: torch.dtype = torch.float32,
 ) -> nvrtc.Kernel:
     """A kernel of combine.cu or gather.cu, a thread a sum."""
     macros = {
@@ -248,6 +264,7 @@ def summer(
         "STATES": states,
         "COMPLEX": int(is_complex),
         "LOG_A": int(is_log),
+        "WEIGHTS": CODES[weights],
         "EVERY": segments.EVERY,
         "EVEN": 0,
         "HAS_BIAS": 0,
@@ -270,15 +287,23 @@ def room(device: int) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def _is_narrow(inputs: Inputs) -> bool:
-    """Whether the kernel for few channels runs these forward."""
+def _narrow(inputs: Inputs) -> int | None:
+    """Channels of a block, if the kernel for few channels runs these forward."""
     states, item, device = padded(inputs.d_state), inputs.x.data.dtype.itemsize, inputs.A.device.index
     if inputs.cu_seqlens is not None or inputs.A.is_complex() or inputs.constant_B or inputs.constant_C:
-        return False
-    blocks = inputs.batch * -(-inputs.channels * states // NARROW)
-    if not segments.is_narrow(blocks, inputs.batch * inputs.blocks, inputs.length, processors(device)):
-        return False
-    return _block("forward_narrow", item, states, inputs.z is not None, channels=NARROW // states)[3] <= room(device)
+        return None
+    two, four = (inputs.batch * -(-inputs.channels // narrow_channels(states, own)) for own in (2, 4))
+    chosen = segments.narrow_states(two, four, inputs.batch * inputs.blocks, inputs.length, processors(device))
+    for own in range(min(chosen, states // 4), 0, -2):  # of at most 32 channels: a warp brings a row
+        channels = narrow_channels(states, own)
+        if _block("forward_narrow", item, states, inputs.z is not None, channels=channels)[3] <= room(device):
+            return channels
+    return None
+
+
+def narrow_channels(states: int, own: int) -> int:
+    """Channels of a block of the kernel for few channels, whose threads have `own` of a channel's padded states."""
+    return NARROW_THREADS * own // states
 
 
 def padded(numbers: int) -> int:
@@ -310,13 +335,12 @@ def forward(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     every 16th step."""
     device = inputs.A.device
     n_sequences, channels = inputs.n_sequences, inputs.channels
-    final = segments.room_for_states(inputs.A, n_sequences, inputs.cu_seqlens, inputs.state)
+    final = segments.room_for_states(inputs.A, n_sequences, inputs.cu_seqlens, inputs.state, inputs.state_dtype)
     y = torch.empty(inputs.batch * inputs.length, channels, dtype=inputs.x.data.dtype, device=device)
     packed = inputs.cu_seqlens is not None
     shape = shape_kept(n_sequences, inputs.length, packed, channels, inputs.numbers) if keep else (0,)
     kept = torch.empty(shape, device=device)
-    if _is_narrow(inputs):
-        narrow = NARROW // padded(inputs.numbers)
+    if (narrow := _narrow(inputs)) is not None:
         whole = (*(None,) * 5, inputs.length, inputs.length, inputs.length, 1)
         kernel_of("forward_narrow", inputs, channels=narrow)(
             n_sequences * -(-channels // narrow),
@@ -431,9 +455,10 @@ def backward(inputs: Inputs, dy: Rows, dstate: Tensor | None, kept: Tensor, into
 
 def _buffers(inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of `count` segments: what they make of no state, the sums of their step sizes, what enters them."""
-    shape = (count, inputs.channels, inputs.d_state)
+    shape, dtype = (count, inputs.channels, inputs.d_state), inputs.state_dtype
     total = torch.float64 if inputs.A.is_complex() else torch.float32
-    return inputs.A.new_empty(shape), inputs.A.new_empty(shape[:2], dtype=total), inputs.A.new_empty(shape)
+    local, entering = (inputs.A.new_empty(shape, dtype=dtype) for _ in range(2))
+    return local, inputs.A.new_empty(shape[:2], dtype=total), entering
 
 
 def _combine(
@@ -442,5 +467,6 @@ def _combine(
     tables = (None, None) if cut.table is None else cut.table[5:]
     grid = (inputs.n_sequences, -(-inputs.channels * inputs.d_state // _SUMS))
     is_complex = inputs.A.is_complex()
-    kernel = summer("combine", torch.float32, STATES, inputs.is_log, inputs.A.device.index, is_complex)
+    device, weights = inputs.A.device.index, inputs.weights
+    kernel = summer("combine", torch.float32, STATES, inputs.is_log, device, is_complex, weights)
     kernel(grid, local, sum_dt, inputs.A, first, *tables, cut.pieces, go, inputs.channels, inputs.d_state, to)

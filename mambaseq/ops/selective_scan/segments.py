@@ -62,15 +62,22 @@ def steps_of(
     return _whole(first), _whole(steps)
 
 
-def is_narrow(narrow_blocks: int, blocks: int, length: int, processors: int) -> bool:
-    """Whether whole sequences in blocks of few channels take less time, forward, than what `steps_of` cuts them into.
+def narrow_states(of_two: int, of_four: int, blocks: int, length: int, processors: int) -> int:
+    """States of a thread where whole sequences in blocks of few channels take less time, forward, than what `steps_of`
+    cuts them into; 0 where they do not.
 
-    Measured on an H100, in nanoseconds a step: 17 for each block that a multiprocessor has and 2.5, against 23 for as
-    many channels in every one of them, the passes over summaries included, and 12 microseconds.
+    of_two, of_four: how many blocks there are if threads have two states, and if they have four.
+
+    Two were measured on an H100, in nanoseconds a step: 17 for each block that a multiprocessor has and 2.5, against 23
+    for as many channels in every one of them, the passes over summaries included, and 12 microseconds. With four, a
+    block has twice the channels and a multiprocessor room for one, which reads shared memory three quarters as often as
+    two blocks of two would: they are taken where they fill the GPU once.
     """
     if blocks >= processors:  # not cut
-        return False
-    return 17 * -(-narrow_blocks // processors) + 2.5 < 23 * narrow_blocks / processors + 12_000 / max(1, length)
+        return 0
+    if 17 * -(-of_two // processors) + 2.5 >= 23 * of_two / processors + 12_000 / max(1, length):
+        return 0
+    return 4 if of_four <= processors < of_two else 2
 
 
 @functools.cache
@@ -159,10 +166,16 @@ def cut(n_sequences: int, length: int, first: int, steps: int, cu_seqlens: Tenso
     return Cut(table, length, first, steps, total // n_sequences if n_sequences else 0, total)
 
 
-def room_for_states(like: Tensor, n_sequences: int, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
-    """Where a kernel writes a state `(sequences, channels, d_state)` for each sequence, of the dtype of `like`
+def room_for_states(
+    like: Tensor,
+    n_sequences: int,
+    cu_seqlens: Tensor | None,
+    state: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Where a kernel writes a state `(sequences, channels, d_state)` for each sequence, of a dtype, or that of `like`
     `(channels, d_state)`. What it leaves there is that of packed sequences of length 0, which keep theirs."""
     shape = (n_sequences, *like.shape)
     if cu_seqlens is None:
-        return like.new_empty(shape)
-    return like.new_zeros(shape) if state is None else state.clone()
+        return like.new_empty(shape, dtype=dtype)
+    return like.new_zeros(shape, dtype=dtype) if state is None else state.clone()
