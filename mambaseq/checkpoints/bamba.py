@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints.forms import NotLoaded, no_form, one_for_all
+from mambaseq.checkpoints.stored import REMEDY_OF_WEIGHTS
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, shown
 from mambaseq.mixers.attention import Attention
@@ -111,9 +113,9 @@ def _attention_options(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_transformers(tensors: Mapping[str, Tensor], source: Path | None = None) -> dict[str, Tensor]:
     """Tensors by transformers' names to ours; maps that are one here are joined. Raises UserError where a part of one
-    is missing."""
+    is missing, which names `source`, the file or the index of the weights."""
     fixed = {theirs: mine for mine, theirs in _FIXED.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -132,7 +134,10 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if module in _JOINED:
                 others = [name.replace(f".{module}.", f".{other}.") for other in _JOINED[module]]
                 if missing := [other for other in others if other not in tensors]:
-                    raise UserError(f"The weights have {shown(name)}, but no {shown(missing[0])}. Download them again.")
+                    where = "" if source is None else f" in {source}"
+                    raise UserError(
+                        f"The weights{where} have {shown(name)}, but no {shown(missing[0])}. {REMEDY_OF_WEIGHTS}"
+                    )
                 tensor = torch.cat([tensors[other] for other in others])
             elif any(module in joined for joined in _JOINED.values()):
                 continue  # joined above

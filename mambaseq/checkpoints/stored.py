@@ -117,14 +117,26 @@ def _parts(source: Path) -> list[Path]:
 
 def parts_in(index: Path) -> list[str]:
     """The files that an index of weights lists. Raises UserError for one that is none, or that names a path."""
-    found = read_json(index, REMEDY, INDEX_BYTES).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise UserError(f"{index} must have a weight_map, names of tensors to names of files. {REMEDY}")
-    names = sorted(set(found.values()))
+    names = sorted(set(_weight_map(index).values()))
     for name in names:
         if Path(name).name != name or name in ("", "."):
             raise UserError(f"{index} names {shown(name)}, which is no file beside it. {REMEDY}")
     return names
+
+
+def promised(source: Path) -> dict[str, Path]:
+    """The part that holds each tensor, as an index says; nothing for a file of weights that has none. Raises UserError
+    for an index that is none."""
+    if source.suffix != ".json":
+        return {}
+    return {name: source.parent / part for name, part in _weight_map(source).items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index, REMEDY, INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise UserError(f"{index} must have a weight_map, names of tensors to names of files. {REMEDY}")
+    return found
 
 
 def _read(path: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ Mamba2 (also Mamba-Codestral) and FalconMamba; Bamba is in `bamba`."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from mambaseq.backbones.residual import ResidualStack
 from mambaseq.checkpoints import bamba
 from mambaseq.checkpoints.export import assign_weights, weights
 from mambaseq.checkpoints.forms import NotLoaded, no_form, one_for_all
-from mambaseq.checkpoints.stored import REMEDY, REMEDY_OF_WEIGHTS, StoredWeights, check_quantised
+from mambaseq.checkpoints.stored import REMEDY, REMEDY_OF_WEIGHTS, StoredWeights, check_quantised, promised
 from mambaseq.domain import catalog
 from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import UserError, cut_list, shown
@@ -334,8 +335,15 @@ def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.
         raise UserError(
             f"{config_path} describes a model of {asked:,} parameters, but {stored.source} has {found:,}. {REMEDY}"
         )
-    ours = bamba.from_transformers if bamba.is_bamba(stored.described) else from_upstream
-    described = ours(stored.described)
+    hybrid = bamba.is_bamba(stored.described)
+    ours = functools.partial(bamba.from_transformers, source=stored.source) if hybrid else from_upstream
+    try:
+        described = ours(stored.described)
+    except UserError:
+        _check_parts(stored)
+        raise
+    if model.state_dict().keys() - described.keys():
+        _check_parts(stored)
     groups: dict[str, list[str]] = {}
     for name in stored.described:
         layer = _LAYER_NUMBER.search(name)
@@ -343,6 +351,15 @@ def load_upstream(folder: str | Path, *, keep_dtype: bool = False, dtype: torch.
     parts = (ours(stored.read(names)) for names in groups.values())
     assign_weights(model, described, parts, stored.source, "keep" if keep_dtype else dtype, remedy=REMEDY_OF_WEIGHTS)
     return model.eval()
+
+
+def _check_parts(stored: StoredWeights) -> None:
+    """Raise UserError that names the part, if one lacks a tensor that it has by the index."""
+    for name, part in promised(stored.source).items():
+        if name not in stored.described:
+            raise UserError(
+                f"{part} has no tensor {shown(name)}, although {stored.source.name} says so. {REMEDY_OF_WEIGHTS}"
+            )
 
 
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mambaseq.checkpoints import LoadedModel, ModelCard, load_model, save_model
 from mambaseq.checkpoints.beginning import load_source
 from mambaseq.checkpoints.hub import from_pretrained
 from mambaseq.checkpoints.to_transformers import save_transformers
-from mambaseq.checkpoints.upstream import options_from_config
+from mambaseq.checkpoints.upstream import load_upstream, options_from_config
 from mambaseq.cli.main import main
 from mambaseq.errors import UserError
 from mambaseq.models import causal_lm
@@ -243,6 +244,43 @@ def test_bad_checkpoints_are_refused(spoil: Any, told: str, tmp_path: Path) -> N
     assert len(str(error.value)) < 1000
     assert "optimizer.lr" not in str(error.value)  # the user did not train it
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "lacks"),
+    [
+        ("mamba", "backbone.layers.1.mixer.D", "backbone.layers.1.mixer.D is missing"),
+        # a part of what is one tensor here
+        ("bamba", "model.layers.1.self_attn.k_proj.weight", "but no 'model.layers.1.self_attn.k_proj.weight'"),
+        ("bamba", "model.layers.0.mamba.dt_bias", "backbone.layers.0.mixer.dt_bias is missing"),
+    ],
+)
+@pytest.mark.parametrize("listed", [None, True, False], ids=["one file", "listed", "not listed"])
+def test_a_tensor_that_is_missing_is_told_with_the_file_that_should_hold_it(
+    kind: str, name: str, lacks: str, listed: bool | None, tmp_path: Path
+) -> None:
+    made(kind, tmp_path)
+    file, held = tmp_path / "model.safetensors", tmp_path / "model.safetensors"
+    if listed is not None:
+        parts(tmp_path)
+        held = tmp_path / "model.safetensors.index.json"
+        places = json.loads(held.read_text())["weight_map"]
+        file = tmp_path / places[name]
+        if not listed:
+            del places[name]
+            held.write_text(json.dumps({"weight_map": places}))
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(UserError) as error:
+        load_upstream(tmp_path)
+    told = str(error.value)
+    if listed:
+        assert told.startswith(f"{file} has no tensor '{name}', although model.safetensors.index.json says so. ")
+    else:
+        assert told.startswith(f"The weights in {held} ")
+        assert lacks in told
+    assert re.search(PUBLISHERS, told)
 
 
 def test_a_quantisation_that_the_weights_do_not_have_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from mambaseq_dna.published.command import import_published
 from mambaseq_dna.published.folders import read_published
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mambaseq.checkpoints import load_model, load_upstream
@@ -493,6 +493,16 @@ def test_bad_folders_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mon
             read_published(folder)
         assert len(str(error.value)) < 1000
         assert str(folder) in str(error.value)
+    config, weights = hyenadna()
+    folder = write(tmp_path / "parts", config, weights, shared=False)
+    names = list(load_file(folder / "model.safetensors"))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    places = dict.fromkeys(names, "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    read_published(folder)
+    save_file({name: weights[name] for name in names if name != f"{normed}norm1.bias"}, folder / "model-1.safetensors")
+    with pytest.raises(UserError, match=rf"parts/model-1\.safetensors has no tensor '{normed}norm1\.bias', which"):
+        read_published(folder)
     both = torch.arange(16)
     maps = {"caduceus.backbone.embeddings.word_embeddings.complement_map": both, "lm_head.complement_map": both}
     config, weights = caduceus(rcps=True)

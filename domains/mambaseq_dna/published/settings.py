@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambaseq.checkpoints.export import load_weights
-from mambaseq.checkpoints.stored import REMEDY_OF_WEIGHTS
+from mambaseq.checkpoints.export import assign_weights
+from mambaseq.checkpoints.stored import REMEDY_OF_WEIGHTS, promised
 from mambaseq.errors import ConfigError, UserError, cut_list, shown
 from mambaseq.limits import LAYERS
-from mambaseq.models import SequenceModel, build_model
+from mambaseq.models import SequenceModel, build_empty, build_model
 from mambaseq.models.modules import further_names
 
 REMEDY = "Download the whole folder again, from one place."
@@ -126,9 +126,8 @@ class Tensors:
         if name not in self.tensors:
             there = [known for known in self.tensors if known.rpartition(".")[2] == name.rpartition(".")[2]]
             told = f" It has {cut_list(there, 2)}." if there else ""
-            raise UserError(
-                f"{self.source} has no tensor {shown(name)}, which the config.json asks for.{told} {REMEDY}"
-            )
+            where = promised(self.source).get(name, self.source)  # a part, by the index
+            raise UserError(f"{where} has no tensor {shown(name)}, which the config.json asks for.{told} {REMEDY}")
         self.left.discard(name)
         tensor = self.tensors[name]
         if tensor.is_complex():
@@ -176,8 +175,8 @@ def built(spec: dict[str, Any], tensors: Mapping[str, Tensor], path: Path, sourc
         if given != expected:
             differs = sorted(n for n in given.keys() | expected.keys() if given.get(n) != expected.get(n))
             raise ConfigError(f"Its weights do not fit: {cut_list(differs, 3)}.")
-        model = build_model(spec)
+        model = build_empty(spec)
     except ConfigError as error:
         raise UserError(f"{path} does not describe a model that can be built. {error}") from error
-    load_weights(model, dict(tensors), source, REMEDY_OF_WEIGHTS)
+    assign_weights(model, tensors, [tensors], source, None, remedy=REMEDY_OF_WEIGHTS)
     return model.eval()
