@@ -13,9 +13,10 @@ against one GPU with the whole sequence. Efficiency is the time on one GPU / (ra
 A step is forward, backward and the sum of the gradients over the ranks. States are relayed (a rank is one layer behind
 the one before it, which bounds the efficiency of L layers on N ranks by L / (L + N - 1)) or gathered (all ranks run a
 layer at once). "scan x 24" is as many scans, each of the output of the last. "block" is what a layer adds to a stack:
-the time of 24 minus that of 12, over 12. "alone" is one GPU as a rank of several that hears its own messages: what
-gathering computes, without what ranks wait for. "fit" is `mambaseq fit`, steps captured where it captures them: data
-parallel, sharded, and data parallel over pairs of GPUs that share sequences.
+the time of 24 minus that of 12, over 12. "a chunk, apart" is where a chunk's time goes (see `apart`). "alone" is one
+GPU as a rank of several that hears its own messages: what gathering computes, without what ranks wait for. "fit" is
+`mambaseq fit`, steps captured where it captures them: data parallel, sharded, and data parallel over pairs of GPUs that
+share sequences.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_layers import alone, both_ways, layers_of, steps_of
+from parallel_layers import alone, apart, both_ways, layers_of, steps_of
 from parallel_measures import Measure, ThroughCpu, check
 from parallel_report import keep, picture, rows_of, tables
 from parallel_training import WAYS, fitted, trained
@@ -41,7 +42,8 @@ from mambaseq.atomic import json_text
 from mambaseq.parallel import Context
 
 LAYERS = 24
-PARTS = ("step", "chunks", "layers", "fsdp2", "large", "ddp", "longest", "ways", "alone", "fit")
+PARTS = ("step", "chunks", "apart", "layers", "fsdp2", "large", "ddp", "longest", "ways", "alone", "fit")
+IN_CHUNKS = {"chunks", "apart", "longest"}
 
 
 def launch(options: argparse.Namespace, folder: Path) -> int:
@@ -99,6 +101,7 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
     found: dict[str, tuple[bool, Callable[[], None]]] = {
         "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
         "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=2)),
+        "apart": (several, lambda: apart(measure, long // 2, size, chunk_length)),
         "layers": (several, lambda: layers_of(measure, length, width, size["n_layers"])),
         "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),
         "large": (several and "9 B" in models, lambda: trained(measure, "9 B", "fsdp2", *models["9 B"])),
@@ -151,7 +154,7 @@ def main() -> None:
     else:
         # bound to a device, as Lightning does it: communicators are made at once, not when they are first used
         dist.init_process_group("nccl", device_id=device)
-    splits = not options.unchecked or not {"step", "chunks", "layers", "longest", "ways"}.isdisjoint(options.only)
+    splits = not options.unchecked or not {*IN_CHUNKS, "step", "layers", "ways"}.isdisjoint(options.only)
     if options.one_gpu:
         context: Context = ThroughCpu(dist.group.WORLD)
     elif splits or dist.get_world_size() == 1:
@@ -160,7 +163,7 @@ def main() -> None:
         context = ThroughCpu(dist.new_group(backend="gloo"))
     measure = Measure(context, device, options.out, options.tiny)
     if not options.unchecked:
-        check(measure)
+        check(measure, chunks_alone=bool(options.only) and IN_CHUNKS.issuperset(options.only))
     measured(measure, options.only)
     context.finish()
     dist.barrier()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from parallel_measures import FORMS, Echo, Measure, check_one, data, dtype_of, model_of, step_of
+from parallel_measures import FORMS, Echo, Measure, Waits, check_one, data, dtype_of, model_of, quiet, step_of
 from torch import Tensor
 
 from mambaseq.backbones.base import ContextStates
@@ -126,7 +126,7 @@ def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: 
 
         return run
 
-    if repeats == 1 and chunk_length is not None:  # kernels are compiled by a shorter one
+    if chunk_length is not None:  # kernels are compiled by a shorter one
         few = 2 * chunk_length
         for of in (None, context.split(few, 1, chunk_length=share)):
             step_of(model, tokens[:, :few], labels[:, :few], of)()
@@ -136,9 +136,41 @@ def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: 
         noted("one", step_of(model, tokens, labels, None)),
         {form: noted(form, step_of(model, tokens, labels, part)) for form in forms},
         repeats,
-        warm_up=1 if repeats > 1 else 0,
+        warm_up=1 if chunk_length is None else 0,
         also=losses,
     )
+
+
+def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int) -> None:
+    """Where the time of a chunk goes, in ms, that of the slowest rank: `chunk_ms` the whole; `quiet_ms` without
+    messages (states are zeros); `waits_ms` of it a GPU waits for a neighbour's; and what the host needs to start it,
+    which is the time of a chunk of few positions: `host_ms`, and `host_quiet_ms` without messages. Those of one GPU by
+    itself, whose chunks are as long as those of all ranks: `one_ms`, `host_one_ms`."""
+    device, context = measure.device, measure.context
+    model = model_of(device, size, chunk_length=chunk_length)
+    few = chunk_length // 2 if measure.tiny else 256
+    row: dict[str, Any] = {"name": "a chunk, apart", "length": length, "ranks": context.size}
+    for name, positions in (("", chunk_length), ("host_", few)):
+        tokens, labels = data(length // chunk_length * positions, size["vocab_size"], device)
+        model.backbone.chunk_length = positions
+        part = context.split(tokens.shape[1], 1, chunk_length=positions // context.size)
+        alone, split = step_of(model, tokens, labels, None), step_of(model, tokens, labels, part)
+        for whole in (None, context.split(2 * positions, 1, chunk_length=positions // context.size)):  # compiles kernels
+            step_of(model, tokens[:, : 2 * positions], labels[:, : 2 * positions], whole)()
+        waits = Waits(context, device)
+        for key, step, around in (
+            ("one", alone, contextlib.nullcontext()),
+            ("chunk", split, waits),
+            ("quiet", split, quiet(context, device)),
+        ):
+            measure.tidy()
+            with around:
+                found = measure.timed(step, repeats=1, warm_up=0)
+            told = "host" if name and key == "chunk" else f"{name}{key}"
+            row[f"{told}_ms"] = 1e3 * found[0] / len(part.mine) if found else None
+        if not name:
+            row["waits_ms"] = [1e3 * float(one) / len(part.mine) for one in context.gather(waits.seconds())]
+    measure.keep(row)
 
 
 def both_ways(measure: Measure) -> None:

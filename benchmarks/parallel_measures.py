@@ -3,10 +3,11 @@ data, and the comparison of a sequence that is split with one that is whole."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mambaseq.atomic import json_text
 from mambaseq.backbones.base import ContextStates
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.parallel import Context, Part
+from mambaseq.parallel.context import Like
 
 FORMS: tuple[ContextStates, ...] = ("relayed", "gathered")
 
@@ -55,6 +57,55 @@ class ThroughCpu(Context):
 
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         return super()._reduced(tensor.cpu(), how).to(tensor.device)
+
+
+class Waits:
+    """Within `with`, how long this rank waits for messages: a GPU's stream, or a CPU."""
+
+    def __init__(self, context: Context, device: torch.device) -> None:
+        self._context, self._device = context, device
+        self._events: list[tuple[Any, Any]] = []
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> None:
+        receive = self._context.receive
+
+        def timed(*arguments: Any, **options: Any) -> list[Tensor]:
+            begin = self._now()
+            found = receive(*arguments, **options)
+            self._events.append((begin, self._now()))
+            return found
+
+        self._context.receive = timed  # type: ignore[method-assign]
+
+    def __exit__(self, *error: object) -> None:
+        del self._context.receive
+
+    def seconds(self) -> Tensor:
+        """`(1,)`: of all messages together, once the device has run them."""
+        cuda = self._device.type == "cuda"
+        each = [begin.elapsed_time(end) / 1e3 if cuda else end - begin for begin, end in self._events]
+        return torch.tensor([sum(each)], device=self._device)
+
+
+@contextlib.contextmanager
+def quiet(context: Context, device: torch.device) -> Iterator[None]:
+    """Nothing is sent, and what is received are zeros."""
+
+    def zeros(kinds: Sequence[Like], *_: Any) -> list[Tensor]:
+        return [torch.zeros(kind.shape, dtype=kind.dtype, device=device) for kind in kinds]
+
+    context.send, context.receive = (lambda *_, **__: None), zeros  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del context.send, context.receive
 
 
 class Heard:
@@ -176,7 +227,7 @@ def model_of(device: torch.device, size: dict[str, int], **options: Any) -> Sequ
     return causal_lm(**size, cuda_graph=False, **options).to(device)
 
 
-def check(measure: Measure) -> None:
+def check(measure: Measure, chunks_alone: bool) -> None:
     """The loss and all gradients of a small model in fp32, whole and split, plain, by chunks, and of a hybrid; see
     `check_one`."""
     device = measure.device
@@ -199,6 +250,8 @@ def check(measure: Measure) -> None:
         ("mamba, mamba2 and s4d", "auto", {"pattern": ["mamba", "mamba2", "s4d"]}, {}),
     ]
     for name, form, options, how in cases:
+        if chunks_alone and not how:
+            continue
         model = model_of(device, size, **options)
         model.backbone.context_states = form  # type: ignore[assignment]
         check_one(measure, name, model, data(length, 64, device, 2), how)

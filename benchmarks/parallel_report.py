@@ -64,6 +64,12 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
+def _milliseconds(value: float | Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else " and ".join(f"{one:.1f}" for one in value)
+
+
 def tables(rows: Sequence[Row]) -> str:
     """In Markdown."""
     lines = ["| | positions | GPUs | one GPU, s | relayed, s | efficiency | gathered, s | efficiency | memory a rank |"]
@@ -81,6 +87,10 @@ def tables(rows: Sequence[Row]) -> str:
         cells += [_percent(row["efficiency"]), f"{100 * row['mfu']:.1f} %" if row.get("mfu") else ""]
         cells.append(f"{row['gib']:.1f}" if row.get("gib") else "")
         lines.append(f"| {' | '.join(cells)} |")
+    for row in rows:
+        if row.get("chunk_ms"):
+            apart = ", ".join(f"{key} {_milliseconds(value)}" for key, value in row.items() if key.endswith("_ms"))
+            lines += ["", f"{row['name']}, {row['length']:,} positions on {row['ranks']}: {apart}"]
     failed = [f"{row['name']} on {row['ranks']}: {row['failed']}" for row in rows if row.get("failed")]
     return "\n".join([*lines, *failed])
 

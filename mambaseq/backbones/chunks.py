@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from mambaseq.backbones.relay import Relay
+from mambaseq.backbones.relay import Bundles, Relay
 from mambaseq.errors import ConfigError
 from mambaseq.ops import sequences
 from mambaseq.parallel import Part
@@ -309,13 +309,18 @@ def _gradients(
 
 def _accumulate(totals: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
     """Add in place, at least in fp32."""
+    found: list[Tensor] = []
+    added: list[Tensor] = []
     for index, d in enumerate(more):
         if d is not None:
             total = totals[index]
             if total is None:
                 totals[index] = d.to(torch.promote_types(d.dtype, torch.float32), copy=True)
             else:
-                total.add_(d)
+                found.append(total)
+                added.append(d)
+    if found:
+        torch._foreach_add_(found, added)  # on a GPU one kernel for many
 
 
 def _check_whole(parameters: Sequence[Tensor]) -> None:
@@ -366,7 +371,8 @@ def run_in_chunks(
         chunks, relays = plan(length, chunk_length, batch, bounds), None
     else:
         n_given = len(part.entering)
-        chunks, relays = _own(part), [Relay(part, number, keeps=True) for number in part.mine]
+        bundles = Bundles(part)
+        chunks, relays = _own(part), [Relay(part, number, keeps=True, bundles=bundles) for number in part.mine]
     for tensor in given:
         if tensor.shape[:1] != (n_given,):
             raise ValueError(f"A state is {tuple(tensor.shape)}, but there are {n_given} sequences.")

@@ -4,16 +4,21 @@ the rank with the next piece, and their gradients come back (see `mambaseq.paral
 In a graph, receiving and sending are nodes through which the residual stream passes. So in the backward pass they run
 in the one order that the layers have, on every rank: a layer's gradient begins with that of the states it sent, and
 ends with sending that of the states it received.
+
+Where a rank has piece after piece, the states of several layers go in one message (`Bundles`). For a host must start all
+kernels of a piece in the time in which a GPU runs them, and messages are dear to start; and a GPU that sends one holds
+some of its processors until another has room for it, which a few messages of a piece always find.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,16 +45,60 @@ def current() -> Relay | None:
     return None if torch.compiler.is_compiling() else _RELAY.get()
 
 
+class _Known(NamedTuple):
+    """What arrives for a layer: states like this one, of empty histories, and what is sent of them."""
+
+    like: Any
+    kinds: list[Like]
+
+
+class Bundles:
+    """Which layers' states go in one message, between pieces that ranks run one after the other.
+
+    What a layer's states are is known once a rank has run its first piece. So messages from the first piece of each
+    rank are of one layer, and later ones of L // 2N of L layers, with N ranks: the last rank is then half a piece
+    behind the first, which has another half to spare before it waits for the last.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self._ranks = part.context.size
+        self._arrive = part.batch if part.bounds is None else 1
+        self.known: list[_Known] = []  # of each layer that has states, in order
+
+    def note(self, index: int, number: int, mixer: Owner, residual: Tensor) -> None:
+        """Layer `number` of those with states is run over a piece."""
+        if index < self._ranks and number == len(self.known):
+            like = mixer.init_state(self._arrive, device=residual.device)
+            self.known.append(_Known(like, _kinds(like, _wide(mixer, residual))))
+
+    def of(self, index: int, number: int) -> range:
+        """The layers whose states a piece sends together, of which one has this number."""
+        width = 1 if index < self._ranks else max(1, len(self.known) // (2 * self._ranks))
+        first = number - number % width
+        return range(first, number + 1 if width == 1 else min(first + width, len(self.known)))
+
+    def kinds(self, index: int, number: int) -> list[list[Like]]:
+        """What is sent of each of them."""
+        return [self.known[n].kinds for n in self.of(index, number)]
+
+
 class Relay:
     """Hands on the states of piece `index` of a part.
 
     keeps: remember what is received, for `again`: the same piece run again, with gradients. Then nothing is sent or
     received but gradients. backwards: time runs from the last piece to the first. gathers: nothing is handed on; all
-    ranks run a layer at once, from what each says of its piece (see `mambaseq.parallel.ends`).
+    ranks run a layer at once, from what each says of its piece (see `mambaseq.parallel.ends`). bundles: those of the
+    rank's pieces, if it has several.
     """
 
     def __init__(
-        self, part: Part, index: int, keeps: bool = False, backwards: bool = False, gathers: bool = False
+        self,
+        part: Part,
+        index: int,
+        keeps: bool = False,
+        backwards: bool = False,
+        gathers: bool = False,
+        bundles: Bundles | None = None,
     ) -> None:
         self.context, self.backwards = part.context, backwards
         self._part = part if gathers else None
@@ -67,10 +116,15 @@ class Relay:
         self._keeps, self._kept = keeps, list[list[Tensor]]()
         self._replayed: Iterator[list[Tensor]] | None = None
         self._fillers = 0
+        self._index, self._bundles = index, bundles
+        # how many layers with states were run; of bundles, what is for later layers, and what earlier ones left
+        self._number = 0
+        self._come, self._going = collections.deque[list[Tensor]](), list[Tensor]()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Layers are run for this piece."""
+        self._number = 0
         token = _RELAY.set(self)
         try:
             yield
@@ -113,7 +167,13 @@ class Relay:
     ) -> tuple[Tensor, Tensor, Any]:
         """A layer over this piece. given: states of the sequences that begin in it, or None. The state returned, if it
         is wanted, is that of the sequences that end in it."""
-        if mixer.position_wise or (self.source is None and self.target is None and not self._fillers):
+        if mixer.position_wise:
+            return layer(branch, residual, given, return_state)
+        number = self._number
+        self._number += 1
+        if self._bundles is not None:
+            self._bundles.note(self._index, number, mixer, residual)
+        if self.source is None and self.target is None and not self._fillers:
             return layer(branch, residual, given, return_state)
         if self._part is not None:
             if given is not None and self._arrive:  # room for what is gathered
@@ -123,17 +183,17 @@ class Relay:
         wide = _wide(mixer, residual)
         carried = None
         if self.source is not None:
-            branch, residual, carried = self._receive(mixer, branch, residual, wide)
+            branch, residual, carried = self._receive(number, mixer, branch, residual, wide)
         state = self._entering(mixer, carried, given)
         if self._fillers and state is not None:
             state = _together(state, mixer.init_state(self._fillers, device=residual.device))
         branch, residual, new = layer(branch, residual, state, return_state or self.target is not None)
         if self.target is not None:
-            branch = self._send(branch, _some(new, self._leaving), wide)
+            branch = self._send(number, branch, _some(new, self._leaving), wide)
         return branch, residual, _some(new, self._finished) if return_state else None
 
     def _receive(
-        self, mixer: Owner, branch: Tensor | None, residual: Tensor, wide: bool
+        self, number: int, mixer: Owner, branch: Tensor | None, residual: Tensor, wide: bool
     ) -> tuple[Tensor | None, Tensor, Any]:
         assert self.source is not None
         room = None
@@ -141,23 +201,34 @@ class Relay:
             # its size depends on what came before
             (numbers,) = self.context.receive([Like((2,), torch.int64)], self.source, residual.device, self.backwards)
             room = numbers.tolist()
-        like = mixer.init_state(self._arrive, None if room is None else room[0], device=residual.device)
-        kinds = [_kind(tensor, wide) for tensor in like.tensors().values()]
-        passed = [residual] if branch is None else [residual, branch]
-        if torch.is_grad_enabled():
-            anchor = residual.new_zeros(0).requires_grad_()
-            outputs = _Receive.apply(self, kinds, anchor, *passed)
-            passed, tensors = list(outputs[: len(passed)]), list(outputs[len(passed) :])
+        if self._bundles is None:
+            like = mixer.init_state(self._arrive, None if room is None else room[0], device=residual.device)
         else:
-            tensors = self.received(kinds, residual.device)
-        state = _with(like, tensors)
+            like = self._bundles.known[number].like
+        if not self._come:
+            bundle = [_kinds(like, wide)] if self._bundles is None else self._bundles.kinds(self._index - 1, number)
+            kinds = [kind for one in bundle for kind in one]
+            passed = [residual] if branch is None else [residual, branch]
+            if torch.is_grad_enabled():
+                anchor = residual.new_zeros(0).requires_grad_()
+                outputs = _Receive.apply(self, kinds, anchor, *passed)
+                residual, *others = outputs[: len(passed)]
+                branch = others[0] if others else None
+                found = iter(outputs[len(passed) :])
+            else:
+                found = iter(self.received(kinds, residual.device))
+            self._come += [[next(found) for _ in one] for one in bundle]
+        state = _with(like, self._come.popleft())
         if room is not None:
             state.longest = room[1]
-        return passed[1] if branch is not None else None, passed[0], state
+        return branch, residual, state
 
-    def _send(self, branch: Tensor, state: Any, wide: bool) -> Tensor:
+    def _send(self, number: int, branch: Tensor, state: Any, wide: bool) -> Tensor:
         assert self.target is not None
-        tensors = [tensor.to(_kind(tensor, wide).dtype) for tensor in state.tensors().values()]
+        self._going += [tensor.to(_kind(tensor, wide).dtype) for tensor in state.tensors().values()]
+        if self._bundles is not None and number != self._bundles.of(self._index, number)[-1]:
+            return branch
+        tensors, self._going = self._going, []
         if isinstance(state, GrowingState):
             numbers = torch.tensor([state.capacity, state.longest], device=branch.device)
             self.context.send([numbers], self.target, self.backwards)
@@ -211,6 +282,10 @@ def _kind(tensor: Tensor, wide: bool) -> Like:
     elif dtype.is_floating_point:
         dtype = torch.promote_types(dtype, torch.float64 if wide else torch.float32)
     return Like(tuple(tensor.shape), dtype)
+
+
+def _kinds(like: Any, wide: bool) -> list[Like]:
+    return [_kind(tensor, wide) for tensor in like.tensors().values()]
 
 
 def _some(state: Any, rows: slice) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import itertools
 import math
@@ -65,7 +66,7 @@ class Context:
         self.group: Any = group.get_group() if hasattr(group, "get_group") else group
         self.rank: int = self.group.rank()
         self.size: int = self.group.size()
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sent: collections.deque[tuple[Any, Tensor]] = collections.deque()
         self._links: dict[tuple[bool, int], Any] = {}
         registered = isinstance(self.group, dist.ProcessGroup)
         if timeout is not None:
@@ -173,7 +174,8 @@ class Context:
 
     def _forget_done(self) -> None:
         if self._makes_links:  # gloo's do not know of their end before somebody waits for it
-            self._sent = [(work, message) for work, message in self._sent if not work.is_completed()]
+            while self._sent and self._sent[0][0].is_completed():
+                self._sent.popleft()
 
     def finish(self) -> None:
         """Wait until what was sent has arrived: after a backward pass, before another call with the context."""
@@ -298,8 +300,8 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """One message of bytes."""
     kinds = [Like.of(tensor) for tensor in tensors]
     message = torch.empty(_places(kinds)[-1], dtype=torch.uint8, device=tensors[0].device)
-    for place, tensor in zip(_parted(message, kinds), tensors, strict=True):
-        place.copy_(tensor.detach())
+    # all at once: on a GPU a kernel for many tensors
+    torch._foreach_copy_(_parted(message, kinds), [tensor.detach() for tensor in tensors])
     return message
 
 

@@ -27,9 +27,10 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
 
     first = [run("fit, ddp", 1, 100.0), step(2, 9.0), run("fit, ddp", 2, 190.0), run("fit, fsdp2", 8, 500.0)]
     second = [step(2, 5.0), step(4, 2.5), run("fit, ddp x context parallel", 4, 300.0)]
+    second += [{"name": "a chunk, apart", "length": 64, "ranks": 4, "chunk_ms": 9.0, "waits_ms": [1.0, 2.25]}]
     second += [{"name": "fit, fsdp2", "length": 2048, "ranks": 2, "failed": "it ended"}]
     rows = parallel_report.merged(first, second)
-    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 8]
+    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 4, 8]
     failed = {"name": "fit, ddp", "length": 2048, "ranks": 2, "failed": "not done"}
     assert parallel_report.merged(rows, [failed]) == rows  # what was measured stays
     told = parallel_report.tables(json.loads(json.dumps(rows)))
@@ -37,6 +38,7 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     assert "| step | 131,072 | 4 | 8.0000 | 2.5000 | 80 % |" in told
     assert "| fit, ddp | 130,000,000 | 2 | 190 | 95 % |" in told
     assert "| fit, ddp x context parallel | 130,000,000 | 4 | 300 | 75 % |" in told  # of one GPU by ddp
+    assert "a chunk, apart, 64 positions on 4: chunk_ms 9.0, waits_ms 1.0 and 2.2" in told
     assert "fit, fsdp2 on 2: it ended" in told
     pictures = [tmp_path / name for name in ("one.svg", "two.svg")]
     for path in pictures:

@@ -186,6 +186,20 @@ def test_outputs_states_and_gradients_are_those_of_one_device(name: str, options
         split_equals_whole(backbone, 2, packed=True, given=True, chunk_length=4)
 
 
+@pytest.mark.parametrize(("size", "layers", "checkpoint"), [(2, 9, True), (3, 12, False)])
+def test_states_of_several_layers_that_share_a_message_are_those_of_one_device(
+    size: int, layers: int, checkpoint: bool
+) -> None:
+    torch.manual_seed(0)
+    mixers = catalog()["mixers"]
+    kinds = [("mamba", {"d_state": 3}), ("s4d", {"d_state": 3}), ("mamba3", {"d_state": 4, "chunk_size": 8})]
+    made = [mixers.get(name)(WIDTH, **options) for name, options in (kinds * layers)[:layers]]
+    backbone = Plain(made).double()
+    backbone.checkpoint = checkpoint
+    split_equals_whole(backbone, size, packed=False, given=True, chunk_length=2)
+    split_equals_whole(backbone, size, packed=True, given=True, chunk_length=1)
+
+
 GATHERED = [case for case in CASES if plain(case[0], tuple(case[1].items())).mixers()[0].sums_up]
 # a convolution of width 1 has no inputs to tell of
 GATHERED += [(name, {"d_state": 3, "d_conv": 1}) for name in ("mamba", "mamba2")]

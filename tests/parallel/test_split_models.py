@@ -101,6 +101,51 @@ def test_chunks_of_one_position_are_dealt_to_more_ranks_than_they_divide_by() ->
     )
 
 
+def test_layers_share_messages_between_chunks_whose_second_run_hears_of_gradients_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a message costs the host is a part of a chunk's time on a GPU."""
+    layers, turns, bundles = 9, 3, 5  # of 9 // 4 = 2 layers, the last of one
+    counts: dict[tuple[str, bool], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    for name in ("send", "receive"):
+
+        def counted(
+            self: Context, *arguments: Any, name: str = name, run: Any = getattr(Context, name), **options: Any
+        ) -> Any:
+            back = options.get("back", arguments[-1] is True)
+            counts[name, back][self.rank] += 1
+            return run(self, *arguments, **options)
+
+        monkeypatch.setattr(Context, name, counted)
+    torch.manual_seed(0)
+    of = causal_lm(7, 8, layers, "mamba", d_state=3, chunk_length=4)
+    split_step(of, 2, *data(2), chunk_length=4)
+    # from a rank's first chunk a message a layer; from the last chunk none
+    first, second = layers + (turns - 1) * bundles, layers + (turns - 2) * bundles
+    assert counts["send", False] == counts["receive", True] == {0: first, 1: second}
+    assert counts["receive", False] == counts["send", True] == {1: first, 0: second}
+
+
+def test_layers_that_share_messages_and_learn_nothing_hand_gradients_on() -> None:
+    torch.manual_seed(0)
+    frozen = causal_lm(7, 8, 9, "mamba", d_state=3, chunk_length=4, checkpoint=True)
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_("layers.5" in name)
+    split_step(frozen, 2, *data(2), chunk_length=4)
+
+
+def test_a_unets_tiers_share_messages() -> None:
+    bounds = torch.tensor([0, 3, 3, 17, LENGTH], dtype=torch.int32)
+    spec = both_ways("bidirectional").spec
+    assert spec is not None
+    for pool, packed in (([2], False), ([2, 3], True)):
+        backbone = {"name": "unet", "n_layers": 2, "pool": pool, "chunk_length": 4}
+        unet = build_model(spec | {"backbone": backbone})
+        split_step(
+            unet, 2, *data(1 if packed else 2), bounds if packed else None, conditions=False, chunk_length=4
+        )
+
+
 def test_a_parameter_without_a_gradient_on_one_rank_counts_as_zeros_there() -> None:
     ranks = contexts(2)
 
