@@ -155,8 +155,9 @@ def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int
         model.backbone.chunk_length = positions
         part = context.split(tokens.shape[1], 1, chunk_length=positions // context.size)
         alone, split = step_of(model, tokens, labels, None), step_of(model, tokens, labels, part)
-        for whole in (None, context.split(2 * positions, 1, chunk_length=positions // context.size)):  # compiles kernels
-            step_of(model, tokens[:, : 2 * positions], labels[:, : 2 * positions], whole)()
+        short = context.split(2 * positions, 1, chunk_length=positions // context.size)
+        for of in (None, short):  # kernels are compiled
+            step_of(model, tokens[:, : 2 * positions], labels[:, : 2 * positions], of)()
         waits = Waits(context, device)
         for key, step, around in (
             ("one", alone, contextlib.nullcontext()),

@@ -5,9 +5,9 @@ In a graph, receiving and sending are nodes through which the residual stream pa
 in the one order that the layers have, on every rank: a layer's gradient begins with that of the states it sent, and
 ends with sending that of the states it received.
 
-Where a rank has piece after piece, the states of several layers go in one message (`Bundles`). For a host must start all
-kernels of a piece in the time in which a GPU runs them, and messages are dear to start; and a GPU that sends one holds
-some of its processors until another has room for it, which a few messages of a piece always find.
+Where a rank has piece after piece, the states of several layers go in one message (`Bundles`). For a host must start
+all kernels of a piece in the time in which a GPU runs them, and messages are dear to start; and a GPU that sends one
+holds some of its processors until another has room for it, which a few messages of a piece always find.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from the state that the rank before it left there, and hands its own on (`mambas
 computed twice or corrected afterwards, and every kernel is the one that runs on a single device. A rank waits for the
 one before it at the first layer only: from then on it is one layer behind. With L layers and N ranks a pass therefore
 takes (L + N - 1) / (N L) of one device's time, and as much in the backward pass, in which the gradients of the states
-go round the other way.
+go round the other way. Over chunks, of which a rank has one after the other, states of several layers share a message.
 
 Where there are many ranks beside layers, and states are decayed sums over positions, all ranks run a layer at once
 instead, from states that they gather (`mambaseq.parallel.ends`).

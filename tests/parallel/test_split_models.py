@@ -107,16 +107,19 @@ def test_layers_share_messages_between_chunks_whose_second_run_hears_of_gradient
     """What a message costs the host is a part of a chunk's time on a GPU."""
     layers, turns, bundles = 9, 3, 5  # of 9 // 4 = 2 layers, the last of one
     counts: dict[tuple[str, bool], collections.Counter[int]] = collections.defaultdict(collections.Counter)
-    for name in ("send", "receive"):
 
-        def counted(
-            self: Context, *arguments: Any, name: str = name, run: Any = getattr(Context, name), **options: Any
-        ) -> Any:
+    def count(name: str) -> None:
+        run: Any = getattr(Context, name)
+
+        def counted(self: Context, *arguments: Any, **options: Any) -> Any:
             back = options.get("back", arguments[-1] is True)
             counts[name, back][self.rank] += 1
             return run(self, *arguments, **options)
 
         monkeypatch.setattr(Context, name, counted)
+
+    count("send")
+    count("receive")
     torch.manual_seed(0)
     of = causal_lm(7, 8, layers, "mamba", d_state=3, chunk_length=4)
     split_step(of, 2, *data(2), chunk_length=4)
@@ -141,9 +144,7 @@ def test_a_unets_tiers_share_messages() -> None:
     for pool, packed in (([2], False), ([2, 3], True)):
         backbone = {"name": "unet", "n_layers": 2, "pool": pool, "chunk_length": 4}
         unet = build_model(spec | {"backbone": backbone})
-        split_step(
-            unet, 2, *data(1 if packed else 2), bounds if packed else None, conditions=False, chunk_length=4
-        )
+        split_step(unet, 2, *data(1 if packed else 2), bounds if packed else None, conditions=False, chunk_length=4)
 
 
 def test_a_parameter_without_a_gradient_on_one_rank_counts_as_zeros_there() -> None:
