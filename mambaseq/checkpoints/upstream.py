@@ -166,24 +166,47 @@ def _sizes(mixer: Mixer) -> dict[str, Any]:
 
 
 def from_upstream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Upstream's or transformers' names to ours."""
+    """Upstream's or transformers' names to ours. Of layers with MLPs, all of a layer's tensors go together."""
     if bamba.is_bamba(tensors):
         return bamba.from_transformers(tensors)
     ours = {theirs: mine for mine, theirs in _FIXED.items()}
     ours["backbone.embeddings.weight"] = "encoder.embedding.weight"
+    if any(_WITH_MLP.fullmatch(name) for name in tensors):
+        return dict(_of_two(ours.get(name, name), tensor) for name, tensor in tensors.items())
     return {ours.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-# Mamba-2's ssm_cfg: other names, options without an effect on the result, and options with one supported value
-_RENAMED = {"headdim": "head_dim", "ngroups": "n_groups"}
-_WITHOUT_EFFECT = ("chunk_size", "conv_init", "use_mem_eff_path", "sequence_parallel")
+_WITH_MLP = re.compile(r"backbone\.layers\.\d+\.(norm2|mlp)\..+")
+
+
+def _of_two(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Of a layer of state-spaces that has an MLP, which is two of ours; the gate's rows come first here."""
+    layer = _OF_LAYER.fullmatch(name)
+    if layer is None:
+        return name, tensor
+    part, _, rest = layer[2].partition(".")
+    number = 2 * int(layer[1]) + (part in ("norm2", "mlp"))
+    if part == "mlp":
+        rest = rest.replace("fc1.", "in_proj.").replace("fc2.", "out_proj.")
+        if rest.startswith("in_proj."):
+            tensor = tensor.roll(len(tensor) // 2, 0)
+    return f"backbone.layers.{number}.{_PARTS.get(part, part)}.{rest}", tensor
+
+
+_PARTS = {"norm2": "norm", "mlp": "mixer"}
+_LAYERS = {"Mamba1": "mamba", "Mamba2": "mamba2", "Mamba3": "mamba3"}
+# ssm_cfg of Mamba-2 and -3: other names, options without an effect on the result, and options with one supported value
+_RENAMED = {"headdim": "head_dim", "ngroups": "n_groups", "is_outproj_norm": "out_norm"}
+_WITHOUT_EFFECT = (
+    *("chunk_size", "conv_init", "use_mem_eff_path", "sequence_parallel", "fuse_pregate_headwise_norm", "dropout"),
+)
 _ONLY = {"activation": "swish", "rmsnorm": True, "D_has_hdim": False, "d_ssm": None}
 
 
 def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `causal_lm` from a `config.json` of upstream or transformers.
 
-    Raises UserError for an architecture that is neither Mamba-1 nor Mamba-2 and for a setting of the wrong type,
+    Raises UserError for an architecture that is none of Mamba-1 to -3 and for a setting of the wrong type,
     KeyError for one that is missing.
     """
     _check_kind(config.get("model_type"))
@@ -193,10 +216,20 @@ def options_from_config(config: dict[str, Any]) -> dict[str, Any]:
 
 _WHOLE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "conv_kernel", "expand", "head_dim", "n_groups"),
-    *("d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "headdim", "ngroups"),
+    *("d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "headdim", "ngroups", "mimo_rank"),
     *bamba.WHOLE,
 )
-_BOOLEAN = ("use_conv_bias", "use_bias", "tie_word_embeddings", "tie_embeddings", "conv_bias", "bias", *bamba.BOOLEAN)
+_BOOLEAN = (
+    "use_conv_bias",
+    "use_bias",
+    "tie_word_embeddings",
+    "tie_embeddings",
+    "conv_bias",
+    "bias",
+    "is_mimo",
+    "is_outproj_norm",
+    *bamba.BOOLEAN,
+)
 _LARGEST = 2**31 - 1
 _LOADED = ("mamba", "mamba2", "falcon_mamba", "bamba")
 _HYBRIDS = {
@@ -231,6 +264,8 @@ def _check_types(config: dict[str, Any]) -> None:
             continue
         if key in _WHOLE and not (type(value) is int and 0 < value <= _LARGEST):
             raise UserError(f"{key} must be a whole number from 1 to {_LARGEST:,}, not {shown(value)}.")
+        if key == "d_intermediate" and not (type(value) is int and 0 <= value <= _LARGEST):
+            raise UserError(f"{key} must be a whole number from 0 to {_LARGEST:,}, not {shown(value)}.")
         if key in _BOOLEAN and type(value) is not bool:
             raise UserError(f"{key} must be true or false, not {shown(value)}.")
         if (
@@ -277,13 +312,13 @@ def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
 def _of_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
     ssm = dict(config.get("ssm_cfg") or {})
     layer = ssm.pop("layer", "Mamba1")
-    others = {"ssm_cfg.layer": layer} if layer not in ("Mamba1", "Mamba2") else {}
-    others |= {key: config[key] for key in ("attn_layer_idx", "d_intermediate") if config.get(key)}
+    others = {} if layer in _LAYERS else {"ssm_cfg.layer": layer}
+    others |= {key: config[key] for key in ("attn_layer_idx",) if config.get(key)}
     if others:
         told = cut_list(f"{key} {shown(value)}" for key, value in others.items())
         raise NotLoaded(
-            f"The checkpoint is not a pure Mamba-1 or Mamba-2 model ({told}); of those of state-spaces only these can "
-            "be loaded."
+            f"The checkpoint is not a pure Mamba-1, Mamba-2 or Mamba-3 model ({told}); of those of state-spaces only "
+            "these can be loaded, with MLPs between them or without."
         )
     multiple = config.get("pad_vocab_size_multiple", 8)
     options = {
@@ -292,14 +327,23 @@ def _of_state_spaces(config: dict[str, Any]) -> dict[str, Any]:
         "n_layers": config["n_layer"],
         "tie_embeddings": config.get("tie_embeddings", True),
     }
+    if inner := config.get("d_intermediate"):
+        options |= {"mlp": True, "mixers": {"mlp": {"hidden": -(-inner // 128) * 128}}}  # as theirs rounds it
     if layer == "Mamba1":
         return {**options, **ssm}
-    _check_dt_limit("dt_limit", ssm.pop("dt_limit", None))
-    for key, known in _ONLY.items():
-        if (value := ssm.pop(key, known)) != known:
-            raise NotLoaded(f"The checkpoint's ssm_cfg has {key} {shown(value)}; only {shown(known)} can be loaded.")
+    options |= {"mixer": _LAYERS[layer], "d_state": 128, "head_dim": 64}
+    if layer == "Mamba2":
+        _check_dt_limit("dt_limit", ssm.pop("dt_limit", None))
+        for key, known in _ONLY.items():
+            if (value := ssm.pop(key, known)) != known:
+                raise NotLoaded(
+                    f"The checkpoint's ssm_cfg has {key} {shown(value)}; only {shown(known)} can be loaded."
+                )
+    else:  # language models of it came after the rate of decay had changed: none has `softplus_rate`
+        rank = ssm.pop("mimo_rank", 4)
+        options["rank"] = rank if ssm.pop("is_mimo", False) else None
     ssm = {_RENAMED.get(key, key): value for key, value in ssm.items() if key not in _WITHOUT_EFFECT}
-    return {"mixer": "mamba2", **options, "d_state": 128, "head_dim": 64, **ssm}
+    return {**options, **ssm}
 
 
 def _check_dt_limit(key: str, limit: Any) -> None:
