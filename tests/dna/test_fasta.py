@@ -24,6 +24,7 @@ from mambaseq_dna.files.fasta import (
     strand_checksums,
     write_fasta,
 )
+from mambaseq_dna.files.parsing import _HeaderLines
 from mambaseq_dna.tokenizer import BaseTokenizer, fold_case
 
 from mambaseq import resources
@@ -85,13 +86,13 @@ def test_pieces_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("size", [3, 4, 5, 18, 40, 1 << 20])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("begin", ["", "\n \n;one\n\n", ";one\n;two\n"])
+@pytest.mark.parametrize("begin", ["", "\n \n;one >no\n\n", "\ufeff;>no\n;two\n"])
 def test_lines_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str, end: str, size: int) -> None:
     """Over pieces, blank lines, comments and long sequences."""
     monkeypatch.setattr("mambaseq.data.unpacking.PIECE", size)
-    monkeypatch.setattr("mambaseq_dna.files.parsing._LONG", 30)
+    monkeypatch.setattr("mambaseq.data.unpacking._PACKED_PIECE", size)
     long = "ACGT\n" * 10
-    text = f"{begin}>a x\n{long};c\n;d\n>b\n\nAC\n;e\n>empty one\n\n;f\n>c\n{long}>d\n>e\nA\n>a\nA\n>last"
+    text = f"{begin}>a x>y\n{long};c\n;>no\n>b\n\nAC\n;e\n>empty one\n\n;f\n>c\n{long}>d\n>e\nA\n>a\nA\n>last"
     path = write(tmp_path / "a.fa", text.replace("\n", end).encode())
     faults: list[str] = []
     names = [record.name for record in read_fasta(path, TOKENIZER, refuse=lambda error: faults.append(str(error)))]
@@ -99,6 +100,8 @@ def test_lines_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begi
     wrong = [lines.index(header) + 1 for header in (">empty one", ">d", ">a", ">last")]
     assert names == ["a", "b", "c", "e"]
     assert [int(re.search(r"a\.fa, line (\d+):", fault)[1]) for fault in faults] == wrong  # type: ignore[index]
+    with pytest.raises(DataError, match=r"a\.fa was changed while it was read"):
+        _HeaderLines(path).of(9)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mambaseq.errors import DataError, shown
 from mambaseq_dna.tokenizer import InvalidBase
 
 _LONGEST_HEADER = 1 << 20
-_LINE_END, _LONG = ord("\n"), 1 << 12
+_LINE_END, _HEADER = ord("\n"), ord(">")
 _BETWEEN_BASES = b" \t\n\v\f"
 _BLANK_LINES = re.compile(rb"(?:[ \t\v\f]*\n)*")
 _COMMENT = re.compile(rb"^;.*", re.MULTILINE)
@@ -49,17 +50,9 @@ def fasta_pieces(path: Path, table: bytes, refuse: Refuse = raised) -> Iterator[
     """
     parser = _Parser(path, table, refuse)
     tail, mid = b"", False  # the beginning of a line, and whether it is a line of bases returned so far
-    returned = False  # whether a piece ended in the first half of \r\n
     try:
-        for piece in read_pieces(path):
-            if parser.untouched:
-                piece = piece.removeprefix(_BOM)
-                parser.untouched = False
-            if returned:
-                piece = piece.removeprefix(b"\n")
-            returned = piece.endswith(b"\r")
-            if b"\r" in piece:
-                piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        for piece in _text_pieces(path):
+            parser.untouched = False
             data = tail + piece
             cut = data.rfind(b"\n") + 1
             last = data[cut : cut + 1]  # of what begins a line: a header and a comment are read whole
@@ -85,20 +78,54 @@ def usable(pieces: list[bytes]) -> bool:
     return any(pieces) and _INVALID not in pieces
 
 
-def _line_ends(data: bytes) -> int:
-    if len(data) < _LONG:
-        return data.count(b"\n")
-    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == _LINE_END))  # four times faster
+def _text_pieces(path: Path) -> Iterator[bytes]:
+    """The file's contents in pieces, with a line feed at every line's end and without a byte order mark."""
+    first, returned = True, False  # whether a piece ended in the first half of \r\n
+    for piece in read_pieces(path):
+        if first:
+            piece, first = piece.removeprefix(_BOM), False
+        if returned:
+            piece = piece.removeprefix(b"\n")
+        returned = piece.endswith(b"\r")
+        if b"\r" in piece:
+            piece = piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield piece
+
+
+class _HeaderLines:
+    """The lines of the headers, for messages. To count them costs a sixth of reading, so it is done where one is asked
+    for, in a reading of its own, which goes no further than that header."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._found, self._more = path, array("q"), self._read(path)
+
+    def of(self, number: int) -> int:
+        """The line of the header of record `number`; both are counted from 1. Raises DataError if it is gone."""
+        while len(self._found) < number:
+            if (more := next(self._more, None)) is None:
+                raise DataError(
+                    f"{self._path} was changed while it was read. Let nothing write to it, and read it again."
+                )
+            self._found.extend(more)
+        return self._found[number - 1]
+
+    @staticmethod
+    def _read(path: Path) -> Iterator[list[int]]:
+        line, before = 0, b"\n"  # ends of lines that were passed, and the last byte that was
+        for piece in _text_pieces(path):
+            data = np.frombuffer(before + piece, dtype=np.uint8)
+            (ends,) = (data[:-1] == _LINE_END).nonzero()
+            yield (line + 1 + (data[ends + 1] == _HEADER).nonzero()[0]).tolist()
+            line, before = line + len(ends), data[-1:].tobytes()
 
 
 class _Parser:
-    """The parser's state. place: the current place, for messages. line: of what is read next. header: that of the
-    record's header."""
+    """The parser's state. place: the current place, for messages."""
 
     def __init__(self, path: Path, table: bytes, refuse: Refuse) -> None:
         self.path, self.table, self.refuse = path, table, refuse
         self.name, self.number, self.length = "", 0, 0
-        self.line, self.header = 1, 0
+        self.lines_of_headers = _HeaderLines(path)
         self.refused = False  # the record
         self.seen: set[str] = set()
         self.untouched, self.comments = True, False
@@ -106,6 +133,11 @@ class _Parser:
     @property
     def place(self) -> str:
         return f"in or after record {self.named} (number {self.number:,})" if self.number else "before any record"
+
+    @property
+    def header(self) -> str:
+        """The file and the line of the record's header."""
+        return f"{self.path}, line {self.lines_of_headers.of(self.number):,}"
 
     @property
     def named(self) -> str:
@@ -120,29 +152,23 @@ class _Parser:
             self.comments |= len(left) < len(data) - first
             data = data[:first] + left
         if not self.number:
-            blank = _BLANK_LINES.match(data).end()  # type: ignore[union-attr]
-            self.line += data.count(b"\n", 0, blank)
-            data = data[blank:]
+            data = data[_BLANK_LINES.match(data).end() :]  # type: ignore[union-attr]
             if not data.strip():
                 return
             if not data.startswith(b">"):
                 raise self._no_header(data)
         more, *records = data.split(b"\n>") if b">" in data else [data]
-        begins = not mid and more.startswith(b">")
-        if begins:
+        if not mid and more.startswith(b">"):
             records.insert(0, more[1:])
         elif more:
             ids = self._ids(more)
             self.length += len(ids)
             yield None, "", ids
-        self.line += -1 if begins else _line_ends(more)
         for record in records:
-            self.line += 1
             header, _, letters = record.partition(b"\n")
             name, description = self._begin(header)
             ids = self._ids(letters)
             self.length = len(ids)
-            self.line += _line_ends(record)
             yield name, description, ids
 
     def _ids(self, letters: bytes) -> bytes:
@@ -163,15 +189,10 @@ class _Parser:
         if self.number and not self.length:
             self._refuse(self._without_sequence())
         self.number += 1
-        self.header = self.line
         self.length, self.refused = 0, False
         words = header.split(None, 1)
         if not words:
-            self._refuse(
-                DataError(
-                    f"{self.path}, line {self.line:,}: record {self.number:,} has no name. Write one after its '>'."
-                )
-            )
+            self._refuse(DataError(f"{self.header}: record {self.number:,} has no name. Write one after its '>'."))
             self.name = ""
             return "", ""
         try:
@@ -180,14 +201,14 @@ class _Parser:
         except UnicodeDecodeError as error:
             raw = error.object
             raise DataError(
-                f"{self.path}, line {self.line:,}: the header of record {self.number:,} is not UTF-8: byte "
+                f"{self.header}: the header of record {self.number:,} is not UTF-8: byte "
                 f"0x{raw[error.start]:02x} in {shown(raw.decode(errors='replace'))}. Convert the file "
                 "(iconv -f ISO-8859-1 -t UTF-8, if that is its encoding)."
             ) from error
         if self.name in self.seen:
             self._refuse(
                 DataError(
-                    f"{self.path}, line {self.line:,}: two records are named {self.named} (the second is record "
+                    f"{self.header}: two records are named {self.named} (the second is record "
                     f"{self.number:,}). The name is the header's first word; make it unique."
                 )
             )
@@ -221,10 +242,7 @@ class _Parser:
         )
 
     def _without_sequence(self) -> DataError:
-        return DataError(
-            f"{self.path}, line {self.header:,}: record {self.named} has a header and no sequence. Remove it, or "
-            "complete it."
-        )
+        return DataError(f"{self.header}: record {self.named} has a header and no sequence. Remove it, or complete it.")
 
     def check_line(self, line: bytes) -> None:
         """Refuse an overlong line before the first header, header or comment."""
