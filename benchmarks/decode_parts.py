@@ -10,7 +10,8 @@ its own, is held against the plain operations first, and is stopped if it hangs.
     gemv     each linear map of the 1.4B and 130M models for one row: GB/s of cuBLAS and of tile sizes of ours.
     profile  the kernels of one step, by model, batch and name: count and microseconds.
     prefill  2,048 tokens at batch 1: plain, and replayed from a graph.
-    reading  the same by name of kernel, and a whole call for one token; beside the Transformer of `bench decode`.
+    reading  the same by name of kernel, calls in a row and one alone, and a whole call for one token; with the scan's
+             threads of two states; beside the Transformer of `bench decode`, as it is and captured.
     ssd      Mamba-2's state update at batch 128, fp32 and bf16 states, elements a program: GB/s.
 """
 
@@ -301,40 +302,67 @@ def run_prefill() -> None:
 
 
 def run_reading(model: str) -> None:
+    import statistics
+
     import torch
 
     from mambaseq.benchmarking import decode
-    from mambaseq.generation import generate
+    from mambaseq.generation import generate, read_graphs
     from mambaseq.generation.prompts import Prompts
     from mambaseq.generation.reading import prefill
+    from mambaseq.ops.selective_scan import segments
 
     ids = torch.randint(VOCABULARY, (1, 2048), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     ours = model_of(model)
     sizes = next(sizes for sizes in decode.SIZES["full"] if sizes.name == model)
-    theirs = decode._transformer(sizes, torch.device("cuda")).generate(1, 2048, 2)
+    theirs: Any = decode._transformer(sizes, torch.device("cuda")).generate(1, 2048, 2)
+    plain: Any = None
 
-    def told(run: Callable[[], Any]) -> dict[str, float]:
+    def told(run: Callable[[], Any]) -> dict[str, Any]:
         took = seconds_of(run, 5)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        host = time.perf_counter() - began
-        torch.cuda.synchronize()
-        return {"ms": took * 1e3, "host_ms": host * 1e3}
+        hosts, wholes = [], []
+        for _ in range(9):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            run()
+            hosts.append(time.perf_counter() - began)
+            torch.cuda.synchronize()
+            wholes.append(time.perf_counter() - began)
+        host, whole = (statistics.median(one) * 1e3 for one in (hosts, wholes))
+        return {"ms": took * 1e3, "alone_ms": whole, "host_ms": host}
+
+    def show(name: str, run: Callable[[], Any], kernels: int) -> None:
+        row: dict[str, Any] = {"part": "reading", "model": model, "variant": name}
+        for _ in range(4):
+            out = run()
+        if name.startswith("prefill"):
+            error = float((out[1] - plain[1]).norm() / plain[1].norm())
+            row |= {"error": error, "wrong": not error < 1e-2}
+        print(json_text(row | told(run)), flush=True)
+        if kernels:
+            show_kernels(row, kernels_of(run, 1), kernels)
+
+    def read() -> Any:
+        return prefill(ours, Prompts.of(ids), None)
+
+    def captured() -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            theirs.token.copy_(theirs.model.extend_(ids, theirs.cache, 0).argmax(-1))
+        return graph.replay
 
     with torch.no_grad():
-        ways: dict[str, Callable[[], Any]] = {
-            "prefill": lambda: prefill(ours, Prompts.of(ids), None),
-            "one token": lambda: generate(ours, ids, 1, temperature=0),
-            "Transformer": lambda: theirs(ids, 1),
-        }
-        for name, run in ways.items():
-            row = {"part": "reading", "model": model, "variant": name}
-            for _ in range(4):
-                run()
-            print(json_text(row | told(run)), flush=True)
-            if name != "one token":
-                show_kernels(row, kernels_of(run, 1), 13 if name == "prefill" else 6)
+        plain = prefill(ours, Prompts.of(ids), None, cuda_graph=False)
+        show("prefill", read, 13)
+        show("one token", lambda: generate(ours, ids, 1, temperature=0), 0)
+        (graph,) = read_graphs._known[ours].graphs.values()
+        show("its graph alone", graph.graph.replay, 0)
+        chosen = segments.narrow_states
+        segments.narrow_states = lambda *shape: min(chosen(*shape), 2)
+        read_graphs._known.clear()
+        show("prefill, two states a thread at most", read, 3)
+        show("Transformer", lambda: theirs(ids, 1), 6)
+        show("Transformer, captured", captured(), 0)
 
 
 def run_ssd() -> None:

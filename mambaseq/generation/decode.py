@@ -124,7 +124,7 @@ def generate(
         "draft_tokens": draft_tokens,
     }
     added = _added(model, prompt, max_new_tokens, settings, progress)
-    return torch.cat([prompt.repeat_interleave(samples, 0), added], dim=1)
+    return torch.cat([prompt if samples == 1 else prompt.repeat_interleave(samples, 0), added], dim=1)
 
 
 @torch.no_grad()
@@ -236,9 +236,6 @@ def stream(
     check_whole("seed", seed, 0, 2**63 - 1)
     device, patience = prompts.device, _PATIENCE if patience is None else patience
     draws = None if temperature == 0 else Draws(seed, prompts, condition, samples, numbers, device)
-    every = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-    given = None if given is None else given.to(device)[every]
-
     with_guidance = guidance != 1 and condition is not None
     penalised = repetition_penalty != 1 or presence_penalty != 0
     if penalised:
@@ -269,6 +266,9 @@ def stream(
     with evaluating(model):
         as_given, condition = condition, settled(model.encoder, condition)
         state, logits = prefill(model, prompts, condition, cuda_graph=cuda_graph) if read is None else read
+        # what is next is asked of a GPU while it reads
+        every = torch.arange(len(prompts), device=device).repeat_interleave(samples)
+        given = None if given is None else given.to(device)[every]
         if with_guidance and condition is not None:
             more, untold = prefill(model, prompts, None)
             state, more = ([layer.select(every) for layer in one] for one in (state, more))

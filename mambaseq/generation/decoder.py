@@ -165,12 +165,17 @@ def tensors_of(state: list[Any]) -> list[Tensor]:
     return [tensor for layer in state for tensor in layer.tensors().values()]
 
 
+def can_replay(token: Tensor) -> bool:
+    """Whether graphs are used here, whatever the model: on a CUDA device, without autocast, and none being captured."""
+    return token.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
+
+
 def can_capture(
     model: SequenceModel, state: list[Any], token: Tensor, modules: Sequence[nn.Module] | None = None
 ) -> bool:
     """Whether replaying the GPU's work of one step equals the step: nothing else changes between steps, and there are
     no hooks. modules: the model's, where they are at hand: walking through them takes time."""
-    if not token.is_cuda or torch.is_autocast_enabled("cuda") or torch.cuda.is_current_stream_capturing():
+    if not can_replay(token):
         return False
     modules = modules_of(model) if modules is None else modules
     if _has_any_global_hook() or any(m._forward_hooks or m._forward_pre_hooks for m in modules):

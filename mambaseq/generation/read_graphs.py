@@ -6,12 +6,15 @@ import collections
 import dataclasses
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from mambaseq.generation.decoder import can_capture, tensors_of
+from mambaseq.generation.decoder import can_capture, can_replay, tensors_of
+from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import modules_of
 from mambaseq.ops.gpu import capture
@@ -26,7 +29,7 @@ Key = tuple[Any, ...]
 
 @dataclasses.dataclass
 class _Graph:
-    """What it reads from and writes to, in memory of its own."""
+    """What it reads from and writes to, in memory of its own. weights: whose memory it reads besides."""
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
@@ -34,6 +37,11 @@ class _Graph:
     state: list[Any] | None
     made: list[Any]
     told: Tensor
+    weights: list[StorageWeakRef]
+
+    def is_safe(self) -> bool:
+        """Whether all memory that it reads is still there; what the model is by now is another question."""
+        return not any(map(StorageWeakRef.expired, self.weights))
 
 
 @dataclasses.dataclass
@@ -66,14 +74,26 @@ def read(
     is to be read without a graph.
 
     A shape's first part is, its second is watched for waits, its third captured, and those after it replayed. The
-    weights may change in place in between.
+    weights may change in place in between. Whether the model is still the one that was captured is looked at while
+    the GPU is at work already.
     """
     key: Key = (tuple(ids.shape), None if condition is None else tuple(condition.shape), state is None)
+    given = [] if state is None else state
     with _lock:
-        modules = modules_of(model)
-        held = (parameter for module in modules for parameter in module._parameters.values())
-        places = tuple(parameter.data_ptr() for parameter in held if parameter is not None)
         known = _known.get(model)
+        graph = None if known is None else known.graphs.get(key)
+        begun: tuple[list[Any], Tensor] | None = None
+        known_kinds = all(isinstance(layer, State) for layer in given)
+        if graph is not None and known_kinds and not model.training and can_replay(ids) and graph.is_safe():
+            begun = _replayed(graph, ids, condition, state)
+        modules = modules_of(model)
+        places = _places(modules)
+        if known is not None and begun is not None:
+            if known.places == places and can_capture(model, given, ids, modules):
+                known.graphs.move_to_end(key)
+                return begun
+            torch.cuda.synchronize(ids.device)  # before the graph goes
+            known = None  # only this part is read in vain
         if known is None or known.places != places:
             known = _known[model] = _Known(places)
         last = known.seen.get(key)
@@ -84,12 +104,8 @@ def read(
             if len(known.seen) > _SEEN:
                 known.seen.popitem(last=False)
             return None
-        given = [] if state is None else state
         if model.training or not can_capture(model, given, ids, modules):
             return None
-        if key in known.graphs:
-            known.graphs.move_to_end(key)
-            return _replayed(known.graphs[key], ids, condition, state)
         if last == _PLAIN:
             with torch.cuda.device(ids.device), capture.capturing:
                 told, waits = capture.warm_up(
@@ -99,7 +115,7 @@ def read(
                     tensor.record_stream(torch.cuda.current_stream())
             known.seen[key] = _NEVER if waits else _WATCHED
             return told
-        graph = _captured(model, known, ids, condition, state)
+        graph = _captured(model, known, modules, ids, condition, state)
         if graph is None:
             known.seen[key] = _NEVER
             return None
@@ -107,6 +123,11 @@ def read(
         if len(known.graphs) > _MOST:
             known.graphs.popitem(last=False)
         return _replayed(graph, ids, condition, state)
+
+
+def _places(modules: Sequence[nn.Module]) -> tuple[int, ...]:
+    held = (parameter for module in modules for parameter in module._parameters.values())
+    return tuple(parameter.data_ptr() for parameter in held if parameter is not None)
 
 
 def _told(
@@ -117,7 +138,12 @@ def _told(
 
 
 def _captured(
-    model: SequenceModel, known: _Known, ids: Tensor, condition: Tensor | None, state: list[Any] | None
+    model: SequenceModel,
+    known: _Known,
+    modules: Sequence[nn.Module],
+    ids: Tensor,
+    condition: Tensor | None,
+    state: list[Any] | None,
 ) -> _Graph | None:
     """None if it cannot be. The graphs of a model share their memory: results are copied before another one runs."""
     ids, condition = ids.clone(), None if condition is None else condition.clone()
@@ -130,7 +156,9 @@ def _captured(
             made, told = capture.capture(graph, lambda: _told(model, ids, condition, state), pool=known.pool)
     except RuntimeError:  # no memory, or what cannot be captured
         return None
-    return _Graph(graph, ids, condition, state, made, told)
+    held = [tensor for m in modules for tensor in (*m._parameters.values(), *m._buffers.values()) if tensor is not None]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in held}
+    return _Graph(graph, ids, condition, state, made, told, [StorageWeakRef(one) for one in storages.values()])
 
 
 def _replayed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -166,6 +167,62 @@ def test_a_prompt_of_a_known_shape_is_read_by_a_graph(cuda: torch.device, mixer:
         again, replayed = (prefill(model, Prompts.of(prompt), None, given, cuda_graph=g) for g in (False, True))
         torch.testing.assert_close(replayed[1], again[1])
     assert len(read_graphs._known[model].graphs) == 2
+
+
+def replaced(model: SequenceModel) -> None:
+    norm: Any = model.backbone.norm_f
+    norm.weight = torch.nn.Parameter(norm.weight * 2)
+
+
+def hooked(model: SequenceModel) -> None:
+    model.head.register_forward_hook(lambda *_: None)
+
+
+CHANGES = [replaced, hooked, lambda model: model.to(torch.bfloat16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_has_changed_is_read_as_it_is(cuda: torch.device, change: Callable[[SequenceModel], Any]) -> None:
+    model, prompt = on_gpu(cuda)
+    for _ in range(4):
+        prefill(model, Prompts.of(prompt), None)
+    assert read_graphs._known[model].graphs
+    change(model)
+    torch.cuda.empty_cache()
+    plain, found = (prefill(model, Prompts.of(prompt), None, cuda_graph=g) for g in (False, True))
+    torch.testing.assert_close(found[1], plain[1])
+    assert not read_graphs._known[model].graphs
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_a_graph_is_of_the_model_that_was_captured(
+    change: Callable[[SequenceModel], Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is looked at while it runs, and before that where it would read memory that is gone."""
+    model, ids = make(), torch.zeros(1, 5, dtype=torch.int64)
+    told = [layer.clone() for layer in model.init_state(1)], torch.zeros(1, VOCABULARY)
+    weights = [read_graphs.StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+    graph = read_graphs._Graph(None, ids, None, None, *told, weights)  # type: ignore[arg-type]
+    replays: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(read_graphs, "can_replay", lambda token: True)
+    monkeypatch.setattr(
+        read_graphs,
+        "can_capture",
+        lambda model, state, token, modules: not any(module._forward_hooks for module in modules),
+    )
+    monkeypatch.setattr(read_graphs, "_replayed", lambda *arguments: replays.append(arguments) or told)
+    assert read_graphs.read(model, ids, None, None) is None
+    (key,) = read_graphs._known[model].seen
+    read_graphs._known[model].graphs[key] = graph
+    if change is None:
+        assert read_graphs.read(model, ids, None, None) is told
+        return
+    change(model)
+    assert read_graphs.read(model, ids, None, None) is None
+    assert len(replays) == (change is hooked)  # the others' weights are gone
+    assert not read_graphs._known[model].graphs
 
 
 @pytest.mark.gpu
