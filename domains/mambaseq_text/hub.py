@@ -71,4 +71,4 @@ def hub_tokenizer(name: str) -> Path:
     try:
         return download_tokenizer_files(found[1], revision=found[2])
     except UserError as error:
-        raise DataError(f"{error} Or give the path of a tokenizer.json.") from error
+        raise DataError(f"{name}: {error} Or give the path of a tokenizer.json.") from error

@@ -286,6 +286,12 @@ OTHERS = "  pattern: ^(?P<tone>hi)_\n  condition: [tone]\n  sample_rate: 8000\n 
             "data.tokenizer_options.path: There is no tokenizer file none.json.",
             "",
         ),
+        (
+            "",
+            "text/pile --data.files mine.txt --data.validation_files null --data.test_files null",
+            "data.tokenizer_options.path: hub:openai-community/gpt2: tokenizer.json of 'openai-community/gpt2' cannot be",
+            "text/pile sets data.tokenizer_options.path; set it to a value of your own.",
+        ),
     ],
 )
 def test_refusals_say_which_configuration_sets_a_key_that_is_not_the_users(
@@ -299,6 +305,8 @@ def test_refusals_say_which_configuration_sets_a_key_that_is_not_the_users(
     sets: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     sounds(tmp_path)
     (tmp_path / "mine.txt").write_text("a text\n")
     over(tmp_path, f"base: audio/sc09\ndata:\n{own}")
