@@ -289,7 +289,7 @@ OTHERS = "  pattern: ^(?P<tone>hi)_\n  condition: [tone]\n  sample_rate: 8000\n 
         (
             "",
             "text/pile --data.files mine.txt --data.validation_files null --data.test_files null",
-            "data.tokenizer_options.path: hub:openai-community/gpt2: tokenizer.json of 'openai-community/gpt2' cannot be",
+            "data.tokenizer_options.path: hub:openai-community/gpt2: tokenizer.json of 'openai-community/gpt2' ",
             "text/pile sets data.tokenizer_options.path; set it to a value of your own.",
         ),
     ],
