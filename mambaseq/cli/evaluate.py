@@ -129,6 +129,8 @@ def _error_of(name: str) -> str:
 
 def told(results: Mapping[str, Any]) -> str:
     """What an evaluation found, as lines: a metric each with its 95% interval, and tables of baselines."""
+    from mambaseq.reporting.evaluation import remarks
+
     lines, notes = [], []
     for name, value in results.items():
         place, _, word = name.rpartition("/")
@@ -142,7 +144,7 @@ def told(results: Mapping[str, Any]) -> str:
             notes.append(f"[95% intervals over {value['draws']:,} draws of the {value['count']:,} {value['of']}{told}]")
         elif word == "baselines":
             notes += [f"\n{place}: baselines on the same records, {value['metric']}", *_table(results, place, value)]
-    return "\n".join([*lines, *notes])
+    return "\n".join([*lines, *remarks(results, "val"), *remarks(results, "test"), *notes])
 
 
 def _table(results: Mapping[str, Any], place: str, found: Mapping[str, Any]) -> list[str]:

@@ -55,6 +55,14 @@ class Answers:
     def __len__(self) -> int:
         return len(self.owner)
 
+    def alike(self) -> bool:
+        """Whether rows, two at least, have all the same answer: the likeliest class, the labels that hold, a value."""
+        if self.kind == "values":
+            said = self.outputs
+        else:
+            said = self.outputs.argmax(-1, keepdim=True) if self.kind == "labels" else self.outputs > 0
+        return len(said) > 1 and bool((said == said[:1]).all())
+
     def rows(self, index: Tensor | slice = slice(None)) -> tuple[ModelOutput, Batch]:
         """Rows as a metric takes them: each as a sequence of its own."""
         outputs, targets = self.outputs[index], self.targets[index]

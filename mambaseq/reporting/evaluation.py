@@ -102,6 +102,26 @@ def _floats(values: Any) -> list[float]:
     return found
 
 
+def remarks(results: Mapping[str, Any], stage: str) -> list[str]:
+    """What makes figures of a stage's sets look more certain than they are, a sentence each, with the set: that a model
+    answers all alike, or that an interval has no width. results: as in results.json."""
+    told = []
+    for place in dict.fromkeys(key.rpartition("/")[0] for key in results):
+        if place.partition("/")[0] != stage:
+            continue
+        if isinstance(text := results.get(f"{place}/one_answer"), str):
+            told.append(f"{place}: {text}")
+            continue
+        try:
+            found = results[f"{place}/intervals"]["metrics"].items()
+            flat = [str(name) for name, pair in found if float(pair[0]) == float(pair[1])]
+        except _ODD:
+            continue
+        if flat:
+            told.append(f"{place}: no draw gives another {' or '.join(flat)}; that is not how sure the figure is.")
+    return told
+
+
 def beside_baselines(found: Any, own: Mapping[str, Any], intervals: Any, stage: str) -> str:
     """HTML of baselines beside the run, with intervals, and what comes of it. "" where there are none.
 

@@ -24,6 +24,7 @@ from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
 from mambaseq.tasks.task import Task
 
 _STAGES = {"validate": "val", "test": "test"}
+_JUDGED = ("intervals", "one_answer", "baselines")
 
 
 def evaluate(
@@ -38,9 +39,9 @@ def evaluate(
     """Metrics of the run's exported weights on its "validate" or "test" set; merged into results.json.
 
     Models that label or value get intervals as well: `test/intervals` has the middle 95% of each metric over draws of
-    the set's sequences. baselines: fit the dataset's baselines to the training set and measure them on the same
-    records; `test/baselines` has a row for each, and a verdict. dtype: of the weights (see `load_model`); one that is
-    given is noted beside the results, as `test/dtype`.
+    the set's sequences, and `test/one_answer` says so where the model answers all alike. baselines: fit the dataset's
+    baselines to the training set and measure them on the same records; `test/baselines` has a row for each, and a
+    verdict. dtype: of the weights (see `load_model`); one that is given is noted beside the results, as `test/dtype`.
     Raises UserError when there is no such set, run or model, when the overrides ask for another model, or when there is
     nothing to compare baselines by.
     """
@@ -124,14 +125,14 @@ def _evaluate(
         if answers is not None:
             figures = {label: results[f"{place}/{label}"] for label in metrics if f"{place}/{label}" in results}
             judge = Judge(metrics, figures, main, answers, groups_of(items))
-            found["intervals"] = judge.intervals()
+            found |= {"intervals": judge.intervals(), "one_answer": judge.one_answer(data.class_names)}
             if baselines:
                 found["baselines"] = judge.beside(data, items, progress)
             pictures[place] = judge.pictures(data.class_names)
         else:
             pictures[place] = None
-        notes |= {f"{place}/intervals": found.get("intervals", {}), f"{place}/baselines": found.get("baselines", {})}
-    results |= {key: value for key, value in notes.items() if value and key.endswith(("/intervals", "/baselines"))}
+        notes |= {f"{place}/{name}": found.get(name) or {} for name in _JUDGED}
+    results |= {key: value for key, value in notes.items() if value and key.rpartition("/")[2] in _JUDGED}
     try:
         with folder.locked():
             if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambaseq.data.baselines import Baseline, Records, Told, constant
 from mambaseq.data.module import SequenceData
-from mambaseq.errors import DataError, UserError, cut_list, paragraph
+from mambaseq.errors import DataError, UserError, cut_list, paragraph, shown
 from mambaseq.metrics.answers import Answers
 from mambaseq.metrics.base import Metric
 from mambaseq.metrics.bootstrap import Bootstrap, Interval, interval
@@ -73,6 +73,24 @@ class Judge:
         of = "sequences" if drawn.groups is None else "groups"
         few = {"too_few_groups": drawn.few_groups} if drawn.few_groups else {}
         return {"of": of, "count": drawn.n_units, **few, "draws": drawn.draws, "metrics": found}
+
+    def one_answer(self, class_names: Sequence[str]) -> str:
+        """A sentence on a model that answers all alike, which no figure says by itself; "" of another."""
+        answers = self.answers
+        if not answers.alike():
+            return ""
+        first, said, what = answers.outputs[0], "the same value", "its figures say"
+        if answers.kind != "values":
+            single = answers.kind == "labels"
+            held = [int(first.argmax())] if single else (first > 0).nonzero()[:, 0].tolist()
+            names = [shown(class_names[place]) if place < len(class_names) else str(place) for place in held]
+            said = f"{'one class only' if single else 'the same labels'}, {cut_list(names, 5) or 'none'},"
+            what = "what counts them (accuracy, F1, MCC) says"
+        of = ("bins" if answers.stride > 1 else "positions") if answers.per_token else "sequences"
+        return (
+            f"The model answers {said} for all {len(answers):,} {of}: {what} no more than a constant would, however "
+            "narrow an interval is."
+        )
 
     def pictures(self, class_names: Sequence[str]) -> dict[str, Any]:
         return pictured(self.answers, class_names)

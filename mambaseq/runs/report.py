@@ -13,7 +13,7 @@ from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting import Section, drawing, side_by_side, table
 from mambaseq.reporting.charts import Bar, bars, confusion
 from mambaseq.reporting.curves import loss_charts, other_charts
-from mambaseq.reporting.evaluation import beside_baselines, pictures
+from mambaseq.reporting.evaluation import beside_baselines, pictures, remarks
 from mambaseq.reporting.numbers import number
 from mambaseq.reporting.page import write_page
 from mambaseq.reporting.runs import Point, RunFolder
@@ -160,6 +160,7 @@ def _results(results: Mapping[str, Any]) -> str:
         if isinstance(changed, Mapping) and changed:
             words = cut(", ".join(f"{key} {value}" for key, value in changed.items()), 300)
             notes += f"<p>The {_STAGES[stage]} was done with {html.escape(words)}.</p>"
+        notes += "".join(f"<p><strong>{html.escape(told)}</strong></p>" for told in remarks(results, stage))
     header = [
         word for stage in stages for word in (_STAGES[stage], *([_INTERVAL] if _has_intervals(results, stage) else []))
     ]

@@ -14,12 +14,13 @@ from pages import blocks, run_cell
 
 import mambaseq as ms
 from mambaseq.batch import Batch
+from mambaseq.checkpoints.export import save_model
 from mambaseq.cli.evaluate import told
 from mambaseq.data.baselines import Told, constant
 from mambaseq.data.module import SequenceData
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
-from mambaseq.metrics.answers import AnswerSheet
+from mambaseq.metrics.answers import Answers, AnswerSheet
 from mambaseq.models import ModelOutput
 from mambaseq.reporting.evaluation import pictures
 from mambaseq.runs.finishing import Facts, Outcome
@@ -158,6 +159,70 @@ def test_labels_of_positions_have_tracks() -> None:
     one = drawn["tracks"][0]
     parity = (items[one["sequence"]].inputs[0] % 2).tolist()
     assert [label for label, length in one["truth"] for _ in range(length)] == parity
+
+
+@pytest.mark.parametrize(
+    ("data", "metric", "answer", "expected"),
+    [
+        (
+            Parity(),
+            "mcc",
+            [0.0, 1.0],
+            "The model answers one class only, 'odd', for all 29 sequences: ",
+        ),
+        (Parity(positions=True), "accuracy", [2.0, 1.0], "one class only, 'even', for all 348 positions:"),
+        (
+            Parity(values=True),
+            "mae",
+            [0.5],
+            "The model answers the same value for all 29 sequences: its figures say no more",
+        ),
+    ],
+)
+def test_a_model_that_answers_all_alike_is_told_as_such(
+    data: Parity, metric: str, answer: list[float], expected: str
+) -> None:
+    def always(item: Batch) -> torch.Tensor:
+        return torch.tensor(answer).expand(*item.targets.shape, -1)  # type: ignore[union-attr]
+
+    def but_one(item: Batch) -> torch.Tensor:
+        return always(item) + (item.inputs[:, :1] == 0).float() * torch.tensor([9.0, 0.0])[: len(answer)]
+
+    judge, _ = judged(data, metric, always)
+    assert expected in judge.one_answer(data.class_names)
+    if not data.positions:
+        assert judged(data, metric, but_one)[0].one_answer(data.class_names) == ""
+
+
+def test_labels_that_are_always_the_same() -> None:
+    targets = torch.tensor([[1, 0, 0], [0, 1, 1], [1, -100, 0]])
+    for outputs, expected in (
+        ([-1.0, 2.0, 3.0], "the same labels, 'b', 'c', for all 3 sequences: what counts"),
+        ([-1.0] * 3, "labels, none, for"),
+    ):
+        answers = Answers.of(torch.tensor([outputs] * 3), targets)
+        assert expected in Judge({}, {}, "", answers).one_answer(["a", "b", "c"])
+
+
+def test_what_looks_certain_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the table, in results.json and on the page; until another evaluation finds it otherwise."""
+    run = trained(tmp_path, "[accuracy, mcc]", "classification")
+    loaded = run.model()
+    with torch.no_grad():
+        loaded.model.head.linear.weight.zero_()
+        loaded.model.head.linear.bias.copy_(torch.tensor([1.0, 0.0]))
+    save_model(run.folder.path / "model", loaded.model, loaded.card)
+    results = run.evaluate(progress=False)
+    line = "test: The model answers one class only, 'even', for all 29 sequences: what counts them (accuracy, F1, MCC)"
+    assert results["test/mcc"] == 0
+    assert results["test/intervals"]["metrics"]["mcc"] == (0, 0)
+    assert line in told(results)
+    assert run.results["test/one_answer"] in run.folder.report.read_text().replace("&#x27;", "'")
+    results.pop("test/one_answer")
+    assert "test: no draw gives another mcc; that is not how sure the figure is." in told(results)
+    monkeypatch.setattr(Answers, "alike", lambda self: False)
+    assert "test/one_answer" not in run.evaluate(progress=False)
+    assert "test/one_answer" not in run.results
 
 
 def test_values_are_drawn_against_the_truth() -> None:
