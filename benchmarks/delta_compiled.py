@@ -1,10 +1,11 @@
 """Compile the delta rule's Triton kernels for a Hopper GPU, which need not be there, and look at what came out.
 
 A line of JSON for each kernel that a call launches, forward and backward: `widths`, bytes of a row of the operands that
-products read from shared memory; with --code also `shared`, bytes, and `unwritten`, instructions that read a register
-which no instruction has written, or that take the stack's address for a number. Exits with 1 if there is one, an
-operand narrower than 128 bytes, or more shared memory than there is: ptxas 12.8, which comes with Triton 3.6, makes
-such instructions of narrower operands. nvdisasm 13.1, of Triton 3.8, does not read the code of that Triton.
+products read from shared memory, and `shared`, bytes that a program takes of it; with --code also `unwritten`,
+instructions that read a register which no instruction has written, or that take the stack's address for a number. Exits
+with 1 if there is one, an operand narrower than 128 bytes, or more shared memory than there is: ptxas 12.8, which comes
+with Triton 3.6, makes such instructions of narrower operands. nvdisasm 13.1, of Triton 3.8, does not read the code of
+that Triton.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ OF_STACK = re.compile(r"\[R1\b|\bLDC R1,|\b(?:VIADD|IADD3) R1, R1,")
 class Hopper:
     """As much of a driver as compiling asks for."""
 
+    capability = 90
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -55,34 +58,42 @@ class _EnoughError(Exception):
     pass
 
 
-def launched(call: Callable[[], object], *, code: bool) -> list[tuple[str, str, Any]]:
-    """The kernels that `call` launches, none of which is run: name, TTGIR and, with code, what Triton compiled."""
+def launched(call: Callable[[], object], *, code: bool) -> list[tuple[str, str, int, Any]]:
+    """The kernels that `call` launches, none of which is run: name, TTGIR, bytes of shared memory and, with code, what
+    Triton compiled."""
     triton.runtime.driver.set_active(Hopper())
-    found: list[tuple[str, str, Any]] = []
-    last: list[str] = []
+    found: list[tuple[str, str, int, Any]] = []
+    seen: dict[str, Any] = {}
+    launches: set[tuple[str, bool | None]] = set()
     backend = triton.compiler.make_backend(Hopper().get_current_target())
     run, stages_of = JITFunction.run, type(backend).add_stages
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = None
-        if not code and self.__name__ in {name for name, *_ in found}:
+        if not code and (self.__name__, options.get("MAPS")) in launches:
             return  # launched again, with the same operands
+        launches.add((self.__name__, options.get("MAPS")))
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **options)
-            last[:] = [kernel.asm["ttgir"]]
+            seen.update(ttgir=kernel.asm["ttgir"], shared=kernel.metadata.shared)
         except _EnoughError:
-            pass
-        found.append((self.__name__, last[0], kernel))
+            kernel = None
+        found.append((self.__name__, seen["ttgir"], seen["shared"], kernel))
 
     def stages(self: Any, stages: dict[str, Any], *args: Any) -> None:
         stages_of(self, stages, *args)
+        of_gpu = stages["ttgir"]
+
+        def told(module: Any, metadata: Any) -> Any:
+            module = of_gpu(module, metadata)
+            seen.update(ttgir=str(module))
+            return module
 
         def enough(module: Any, metadata: Any) -> None:
-            last[:] = [str(module)]
+            seen.update(shared=metadata["shared"])
             raise _EnoughError
 
         if not code:
-            stages["llir"] = enough
+            stages.update(ttgir=told, ptx=enough)
 
     JITFunction.run, type(backend).add_stages = compiled, stages
     try:

@@ -8,7 +8,7 @@ by pi tanh(values) dt. Sums of pieces are `(batch, pieces, heads, ANGLES)` float
 import triton
 import triton.language as tl
 
-from mambaseq.ops.gpu.triton_math import minus_one
+from mambaseq.ops.gpu.triton_math import tanh
 
 _PI = tl.constexpr(3.141592653589793)
 _TURN = tl.constexpr(6.283185307179586)
@@ -26,14 +26,18 @@ def _piece(pieces, length, ROWS: tl.constexpr):
 def _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES: tl.constexpr):
     at = batch * v_batch + row[:, None].to(tl.int64) * v_row + h * v_head + i[None, :]
     v = tl.load(values + at, mask=here[:, None] & (i < ANGLES)[None, :], other=0.0)
-    e = minus_one(-2 * tl.abs(v))
-    size = -e / (2 + e)
-    return tl.where(v < 0, -size, size)
+    return tanh(v)
 
 
 @triton.jit
 def _steps(dt, batch, d_batch, row, d_row, h, d_head, here):
     return tl.load(dt + batch * d_batch + row.to(tl.int64) * d_row + h * d_head, mask=here, other=0.0)
+
+
+@triton.jit
+def _exact(size, step):
+    """tanh(values) dt, which float64 holds to the last digit: the roundings of many positions would add up."""
+    return size.to(tl.float64) * step.to(tl.float64)[:, None]
 
 
 @triton.jit(do_not_specialize=["pieces", "length"])
@@ -55,9 +59,12 @@ def totals(
         at = batch * v_batch + row[:, None].to(tl.int64) * v_row + h * v_head + i[None, :]
         v = tl.load(values + at, mask=here[:, None] & (i < ANGLES)[None, :], other=0.0)
     else:
-        v = _PI * _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES)
-        v *= _steps(dt, batch, d_batch, row, d_row, h, d_head, here)[:, None]
-    tl.store(found + (number * heads + h) * ANGLES + i, tl.sum(v.to(tl.float64), axis=0), mask=i < ANGLES)
+        size = _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES)
+        v = _exact(size, _steps(dt, batch, d_batch, row, d_row, h, d_head, here))
+    total = tl.sum(v.to(tl.float64), axis=0)
+    if dt is not None:
+        total *= _PI
+    tl.store(found + (number * heads + h) * ANGLES + i, total, mask=i < ANGLES)
 
 
 @triton.jit
@@ -79,10 +86,10 @@ def upto(
     number, batch, row, here = _piece(pieces, length, ROWS)
     h = tl.program_id(1)
     i = tl.arange(0, HALF)
-    v = _PI * _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES)
-    v *= _steps(dt, batch, d_batch, row, d_row, h, d_head, here)[:, None]
+    size = _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES)
+    v = _exact(size, _steps(dt, batch, d_batch, row, d_row, h, d_head, here))
     start = tl.load(before + (number * heads + h) * ANGLES + i, mask=i < ANGLES, other=0.0)
-    total = tl.cumsum(v.to(tl.float64), axis=0) + start[None, :]
+    total = tl.cumsum(v, axis=0) * _PI + start[None, :]
     if offset is not None:
         total += _of_sequences(offset, sequence, row, here, h, heads, i, ANGLES)
     total -= tl.floor(total * (1 / _TURN)) * _TURN

@@ -32,7 +32,7 @@ class AngleArguments(NamedTuple):
 def turns(values: Tensor, dt: Tensor) -> Tensor:
     """What positions turn by, pi tanh(values) dt: `(..., heads, n_angles)` float64 of values `(..., heads or 1,
     n_angles)` and dt `(..., heads)`."""
-    return (math.pi * torch.tanh(values) * dt[..., None]).double()
+    return torch.tanh(values).double() * (math.pi * dt.double())[..., None]
 
 
 def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
