@@ -1,4 +1,4 @@
-"""Compile the delta rule's Triton kernels for a Hopper GPU, which need not be there, and look at what came out.
+"""Compile the delta rule's Triton kernels for a GPU, which need not be there, and look at what came out.
 
 A line of JSON for each kernel that a call launches, forward and backward: `widths`, bytes of a row of the operands that
 products read from shared memory, and `shared`, bytes that a program takes of it; with --code also `unwritten`,
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,7 +30,8 @@ from triton.runtime.jit import JITFunction
 from mambaseq.atomic import json_text
 from mambaseq.ops.delta_rule import gpu
 
-SHARED = 232_448  # bytes a program can have on an H100
+# by compute capability, bytes of shared memory that a program can have: A100, RTX 3090 and 4090, H100, RTX 5090
+ROOM = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
 PARTLY = re.compile(r"(?:@!?U?P\d+ )?(?:PRMT|LOP3\.LUT) (R\d+), .*\b\1\b")  # some bits of a register are written
 MOVED = re.compile(r"(?:@!?U?P\d+ )?(?:STL|U?MOV|IMAD\.MOV)\b")
 LEFT_IN_REGISTERS = re.compile(r"HGMMA\S+ R\d+, R\d+, gdesc\[UR(\d+)\]")
@@ -39,10 +40,10 @@ STACK = re.compile(r"\bR1\b")
 OF_STACK = re.compile(r"\[R1\b|\bLDC R1,|\b(?:VIADD|IADD3) R1, R1,")
 
 
-class Hopper:
+class Driver(NamedTuple):
     """As much of a driver as compiling asks for."""
 
-    capability = 90
+    capability: int
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
@@ -58,14 +59,17 @@ class _EnoughError(Exception):
     pass
 
 
-def launched(call: Callable[[], object], *, code: bool) -> list[tuple[str, str, int, Any]]:
+def launched(
+    call: Callable[[], object], *, code: bool = False, capability: int = 90
+) -> list[tuple[str, str, int, Any]]:
     """The kernels that `call` launches, none of which is run: name, TTGIR, bytes of shared memory and, with code, what
     Triton compiled."""
-    triton.runtime.driver.set_active(Hopper())
+    driver: Any = Driver(capability)
+    triton.runtime.driver.set_active(driver)
     found: list[tuple[str, str, int, Any]] = []
     seen: dict[str, Any] = {}
     launches: set[tuple[str, bool | None]] = set()
-    backend = triton.compiler.make_backend(Hopper().get_current_target())
+    backend = triton.compiler.make_backend(driver.get_current_target())
     run, stages_of = JITFunction.run, type(backend).add_stages
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -150,9 +154,17 @@ def unwritten(cubin: bytes, tool: str) -> list[str]:
     return found
 
 
-def call(d_key: int, d_value: int, dtype: torch.dtype, *, channels: bool, shared: bool) -> None:
-    """Forward and backward, of memory that is not looked at."""
-    q, k = (torch.empty(1, 65, 1 if shared else 2, d_key, dtype=dtype) for _ in range(2))
+def call(
+    d_key: int,
+    d_value: int,
+    dtype: torch.dtype,
+    *,
+    channels: bool,
+    shared: bool = False,
+    keys: torch.dtype | None = None,
+) -> None:
+    """Forward and backward, of memory that is not looked at; keys: the dtype of q and k, that of v if None."""
+    q, k = (torch.empty(1, 65, 1 if shared else 2, d_key, dtype=keys or dtype) for _ in range(2))
     v = torch.empty(1, 65, 2, d_value, dtype=dtype)
     g = torch.empty(1, 65, 2, *([d_key] if channels else []))
     given = gpu.Given(v, q, k, g, torch.empty(1, 65, 2), None, None, reverse=False, wants_final_state=True)
@@ -166,6 +178,8 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=["128x128", "64x64", "16x32"], help="d_key x d_value")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--decays", nargs="+", default=["channels", "heads"], choices=["channels", "heads"])
+    parser.add_argument("--keys", help="the dtype of queries and keys, if another than that of values")
+    parser.add_argument("--capability", type=int, choices=ROOM, default=90, help="of the GPU")
     parser.add_argument("--shared", action="store_true", help="two heads to a key")
     parser.add_argument("--parts", action="store_true", help="walks in parts, as of sequences that are few and long")
     parser.add_argument("--code", action="store_true", help="compile to the end: seconds a kernel")
@@ -173,19 +187,25 @@ def main() -> int:
     options = parser.parse_args()
     if options.parts:
         gpu._parts = lambda *_: 3
-    wrong = False
+    wrong, most = False, ROOM[options.capability]
+    gpu._room = lambda _: most
     for dtype, decays, size in itertools.product(options.dtypes, options.decays, options.sizes):
         d_key, d_value = map(int, size.split("x"))
         one = functools.partial(
-            call, d_key, d_value, getattr(torch, dtype), channels=decays == "channels", shared=options.shared
+            call,
+            d_key,
+            d_value,
+            getattr(torch, dtype),
+            channels=decays == "channels",
+            shared=options.shared,
+            keys=None if options.keys is None else getattr(torch, options.keys),
         )
-        for name, ttgir, kernel in launched(one, code=options.code):
-            found: dict[str, Any] = {"widths": widths(ttgir)}
-            wrong |= min(found["widths"], default=128) < 128
+        for name, ttgir, shared, kernel in launched(one, code=options.code, capability=options.capability):
+            found: dict[str, Any] = {"widths": widths(ttgir), "shared": shared}
+            wrong |= min(found["widths"], default=128) < 128 or shared > most
             if kernel is not None:
-                found["shared"] = kernel.metadata.shared
                 found["unwritten"] = unwritten(kernel.asm["cubin"], options.nvdisasm)
-                wrong |= bool(found["unwritten"]) or found["shared"] > SHARED
+                wrong |= bool(found["unwritten"])
             print(json_text({"kernel": name, "size": size, "dtype": dtype, "decays": decays, **found}), flush=True)
     return int(wrong)
 

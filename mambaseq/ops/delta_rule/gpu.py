@@ -14,8 +14,10 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
+from mambaseq.ops.eager import constant_to_compilers
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
+from mambaseq.ops.selective_scan.launches import processors, room
 from mambaseq.ops.ssd import gpu as dual
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -27,6 +29,9 @@ _NARROWEST = 64
 _LONGEST = 2**30  # row: positions are counted in 32 bits
 _FEWEST = 16  # chunks of a part
 _WARPS = 8  # of walks, whose registers a processor has
+# Bytes of shared memory of a program: what large tiles are planned for, a Hopper GPU's, and what small ones take at
+# most, of keys of up to 128 channels or of more; `benchmarks/delta_compiled.py` tells what the kernels take.
+_PLENTY, _ENOUGH, _ENOUGH_OF_WIDE = 232_448, 101_376, 110_592
 
 
 class Given(NamedTuple):
@@ -64,16 +69,19 @@ class Plan(NamedTuple):
     of_channels: Shape
 
 
-def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
-    """What suits these sizes; in full precision and float16 twice as much is kept."""
-    wide = 1 if dtype == torch.bfloat16 else 2
+def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool, room: int = _PLENTY) -> Plan:
+    """What suits these sizes, of tiles that `room` bytes of shared memory hold; in full precision and float16 twice as
+    much is kept."""
+    tight = room < _PLENTY
+    wide = 2 if tight or dtype != torch.bfloat16 else 1
     whole = d_key <= 128 and d_value > 64 and wide == 1  # all rows of a state, one program a processor
-    walk = Shape(4 if d_key <= 128 else 8, 3 if d_key <= 128 and wide == 1 else 2, 64 // wide)
+    stages = 1 if tight else 3 if d_key <= 128 and wide == 1 else 2
+    walk = Shape(4 if d_key <= 128 else 8, stages, 64 // wide)
     rows = 128 // dtype.itemsize
     few = wide == 2 or (channels and d_key > 128)  # of the tiles find room
     walk_back = Shape(8, 2 if channels else 3, 128) if whole else walk._replace(stages=1 if few else 2)
     if channels:
-        walk = Shape(8, 3, 128) if whole else walk._replace(stages=2)
+        walk = Shape(8, 3, 128) if whole else walk._replace(stages=min(stages, 2))
     return Plan(
         pairs=Shape(8, 1, 0, 64) if channels else Shape(4, 1, 0, 128 // wide),
         walk=walk,
@@ -85,11 +93,22 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool) -> Plan:
     )
 
 
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    return room(device.index) if device.type == "cuda" else _PLENTY
+
+
+@constant_to_compilers
+def _too_little_on(device: torch.device, d_key: int) -> str | None:
+    needed, given = _ENOUGH if d_key <= 128 else _ENOUGH_OF_WIDE, _room(device)
+    return None if needed <= given else f"programs take {needed} bytes of shared memory, the GPU gives them {given}"
+
+
 def _parts(device: torch.device, programs: int, warps: int, chunks: int) -> int:
     """How many parts a sequence of so many chunks is walked in, where a walk of one part for its map takes so many
     programs. All parts but one are walked twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    parts = min(processors * _WARPS // warps // programs + 1, chunks // _FEWEST)
+    several = processors(device.index) if device.type == "cuda" else 1
+    parts = min(several * _WARPS // warps // programs + 1, chunks // _FEWEST)
     return parts if parts > 2 else 1
 
 
@@ -104,7 +123,7 @@ def why_not(arguments: DeltaArguments) -> str | None:
         return reason
     if v.dtype not in _HALF and not (v.dtype == torch.float32 and v.is_cuda):
         return f"v is {v.dtype}, the kernels take bfloat16, float16 and, on a GPU, float32"
-    return why_not_these(arguments)
+    return why_not_these(arguments) or _too_little_on(v.device, arguments.k.shape[3])
 
 
 def why_not_these(arguments: DeltaArguments) -> str | None:
@@ -130,11 +149,13 @@ class _Call:
     def __init__(self, a: Given) -> None:
         self.kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_kernels")
         self.channels = a.g is not None and a.g.ndim == 4
-        self.given, self.plan = a, plan(a.k.shape[3], a.v.shape[3], a.v.dtype, self.channels)
+        self.given = a
+        self.plan = plan(a.k.shape[3], a.v.shape[3], a.v.dtype, self.channels, _room(a.v.device))
         self.batch, self.length, self.heads, self.d_value = a.v.shape
         self.d_key = a.k.shape[3]
         self.heads_of_key = self.heads // a.k.shape[2]
-        self.q, self.k, self.v = (dual._rows(value) for value in (a.q, a.k, a.v))
+        # tiles have room for one dtype of operands
+        self.q, self.k, self.v = (dual._rows(value.to(a.v.dtype)) for value in (a.q, a.k, a.v))
         self.kept_dtype = torch.bfloat16 if a.v.dtype == torch.bfloat16 else torch.float32
         self.n_sequences = sequences.count(a.v, a.cu_seqlens)
         self.table = self.bounds = None
@@ -151,11 +172,9 @@ class _Call:
         self.of_pairs = (self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3])
         g = None if a.g is None else dual._rows(a.g) if self.channels else a.g
         self.rates = (*_strided(g), *_strided(a.beta))
-        tl: Any = importlib.import_module("triton.language")
         shape, dtype = self.plan.pairs, a.v.dtype
         common = {"N": self.d_key, "BLOCK_N": min(_block(self.d_key), shape.columns), "SIZE": _SIZE,
-                  "REVERSE": a.reverse, "OPERAND": getattr(tl, str(dtype).removeprefix("torch.")),
-                  "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
+                  "REVERSE": a.reverse, "PRECISION": "tf32" if dtype == torch.bfloat16 else "tf32x3",
                   "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
         # what the walks read: as it was given, or as it is at the ends of a chunk
         self.up = None

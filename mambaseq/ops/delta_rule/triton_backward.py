@@ -41,7 +41,6 @@ def walk_back(
     """dS' of each chunk (`left`), and Z as (chunks, heads, d_value, SIZE) (`errors`); see `walk`. `start` and `end` are
     the gradients of the final and of the initial states, parts are counted from the last. With a decay a channel q is
     Q↓ there."""
-    OPERAND: tl.constexpr = dy.dtype.element_ty
     ROWS: tl.constexpr = P + N if MAPS else P
     tile = tl.program_id(0)
     blocks: tl.constexpr = (ROWS + BLOCK_P - 1) // BLOCK_P
@@ -64,8 +63,8 @@ def walk_back(
         here = i < count
         which = c.to(tl.int64) * heads + h
         if up is None:
-            qs = _rows(_row(q, q_batch, q_row, batch, first) + group * q_head, row, q_row, n, here, N, OPERAND)
-            ups = _rows(_row(k, k_batch, k_row, batch, first) + group * k_head, row, k_row, n, here, N, OPERAND)
+            qs = _rows(_row(q, q_batch, q_row, batch, first) + group * q_head, row, q_row, n, here, N)
+            ups = _rows(_row(k, k_batch, k_row, batch, first) + group * k_head, row, k_row, n, here, N)
             ks = ups
             sums = tl.load(total + which * SIZE + i)
             whole = tl.load(total + which * SIZE + SIZE - 1)
@@ -74,7 +73,7 @@ def walk_back(
             qs = _made(q, which, i, n, N, SIZE)
             ups = _made(up, which, i, n, N, SIZE)
             whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
-        dys = _columns(_row(dy, dy_batch, dy_row, batch, first) + h * dy_head, row, dy_row, p, here, P, OPERAND)
+        dys = _columns(_row(dy, dy_batch, dy_row, batch, first) + h * dy_head, row, dy_row, p, here, P)
         pair = tl.load(scores + which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :])
         if not MAPS:
             tl.store(left + which * STATE + at, _as(state, left.dtype.element_ty), mask=inside)
@@ -150,7 +149,7 @@ def gradients(
     flow = tl.zeros([BLOCK_N], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        dys = _rows(dy, row, dy_row, p, here, P)
         of_state = which * (P * N) + p[:, None] * N + n[None, :]
         mask = (p < P)[:, None] & (n < N)[None, :]
         entered = tl.load(states + of_state, mask=mask, other=0.0)
@@ -163,7 +162,7 @@ def gradients(
         wide = tl.trans(z).to(tl.float32)
         if block == 0:
             if beta is not None:
-                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P, OPERAND).to(tl.float32), axis=1)
+                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P).to(tl.float32), axis=1)
                 wide *= rate[:, None]
             tl.store(
                 dv + row[:, None] * (heads * P) + p[None, :], _as(wide, OPERAND), mask=here[:, None] & (p < P)[None, :]
@@ -177,8 +176,8 @@ def gradients(
         if beta is not None:
             of_read += _dot(tl.trans(z), entered) * (of_z * of_entered)
 
-    ks = _rows(k, row, k_row, n, here, N, OPERAND)
-    qs = _rows(q, row, q_row, n, here, N, OPERAND)
+    ks = _rows(k, row, k_row, n, here, N)
+    qs = _rows(q, row, q_row, n, here, N)
     grown = _decay(sums)[:, None]
     of_q *= grown
     of_k *= _decay(whole - sums)[:, None]
@@ -198,7 +197,7 @@ def gradients(
     earlier_written = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        dys = _rows(dy, row, dy_row, p, here, P)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
         mask = (p < P)[:, None] & here[None, :]
         u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
@@ -223,10 +222,10 @@ def gradients(
         overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
         for n0 in tl.static_range(0, N, BLOCK_N):
             m = n0 + tl.arange(0, BLOCK_N)
-            right = tl.trans(_rows(k, row, k_row, m, here, N, OPERAND))
-            products += _dot(_rows(q, row, q_row, m, here, N, OPERAND), right)
+            right = tl.trans(_rows(k, row, k_row, m, here, N))
+            products += _dot(_rows(q, row, q_row, m, here, N), right)
             if beta is not None:
-                overlaps += _dot(_rows(k, row, k_row, m, here, N, OPERAND), right)
+                overlaps += _dot(_rows(k, row, k_row, m, here, N), right)
         said = later * products
         if beta is not None:
             corrected = later_written * overlaps

@@ -64,10 +64,10 @@ def _log_decays(g, row, g_row, n, here, N):
 def pairs_of_channels(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
     table, chunks, chunks_of_row, length, total, scores, inverse, q_down, k_down, k_up, heads, heads_of_key,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See `pairs`; and Q↓, K↓ and K↑, those of keys only with beta for K↓."""
+    OPERAND: tl.constexpr = k.dtype.element_ty
     c = tl.program_id(0)
     h = tl.program_id(1)
     i = tl.arange(0, SIZE)
@@ -83,8 +83,8 @@ def pairs_of_channels(
     overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        ks = _rows(k, row, k_row, n, here, N, OPERAND).to(tl.float32)
-        qs = _rows(q, row, q_row, n, here, N, OPERAND).to(tl.float32)
+        ks = _rows(k, row, k_row, n, here, N).to(tl.float32)
+        qs = _rows(q, row, q_row, n, here, N).to(tl.float32)
         log = _log_decays(g, row, g_row, n, here, N)
         into = which * (SIZE * N) + i[:, None] * N + n[None, :]
         known = (i < SIZE)[:, None] & (n < N)[None, :]
@@ -117,7 +117,6 @@ def gradients_of_pairs(
 ):  # fmt: skip
     """dy Uᵀ and, with beta, -Z Uᵀ (chunks, heads, SIZE, SIZE), of which `gradients_of_channels` takes what is below the
     diagonal; a program takes a head of a chunk."""
-    OPERAND: tl.constexpr = dy.dtype.element_ty
     c = tl.program_id(0)
     h = tl.program_id(1)
     i = tl.arange(0, SIZE)
@@ -130,7 +129,7 @@ def gradients_of_pairs(
     keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        dys = _rows(dy, row, dy_row, p, here, P)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
         mask = (p < P)[:, None] & here[None, :]
         u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
@@ -181,7 +180,7 @@ def gradients_of_channels(
     flow = tl.zeros([BLOCK_N], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        dys = _rows(dy, row, dy_row, p, here, P, OPERAND)
+        dys = _rows(dy, row, dy_row, p, here, P)
         of_state = which * (P * N) + p[:, None] * N + n[None, :]
         mask = (p < P)[:, None] & (n < N)[None, :]
         entered = tl.load(states + of_state, mask=mask, other=0.0)
@@ -194,7 +193,7 @@ def gradients_of_channels(
         if block == 0:
             wide = tl.trans(z).to(tl.float32)
             if beta is not None:
-                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P, OPERAND).to(tl.float32), axis=1)
+                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P).to(tl.float32), axis=1)
                 wide *= rate[:, None]
             tl.store(
                 dv + row[:, None] * (heads * P) + p[None, :], _as(wide, OPERAND), mask=here[:, None] & (p < P)[None, :]
@@ -209,8 +208,8 @@ def gradients_of_channels(
             of_read -= _dot(tl.trans(z), entered) * (of_error * of_entered)
 
     later, earlier = i[:, None], i[None, :]
-    ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N, OPERAND)
-    qs = _rows(_row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head, row, q_row, n, here, N, OPERAND)
+    ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N)
+    qs = _rows(_row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head, row, q_row, n, here, N)
     log = _log_decays(_row(g, g_batch, g_row, batch, first) + h * g_head, row, g_row, n, here, N)
     decay = tl.exp2(_summed(earlier <= later, log))
     of_q *= decay

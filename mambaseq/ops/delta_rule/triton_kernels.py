@@ -73,17 +73,17 @@ def _as(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rows(pointer, row, s_row, column, here, width, dtype: tl.constexpr):
-    """(rows, columns) of what is given, rounded to the operands' dtype; zeros beyond `here` and `width`."""
+def _rows(pointer, row, s_row, column, here, width):
+    """(rows, columns) of what is given; zeros beyond `here` and `width`."""
     mask = here[:, None] & (column < width)[None, :]
-    return _as(tl.load(pointer + row[:, None] * s_row + column[None, :], mask=mask, other=0.0), dtype)
+    return tl.load(pointer + row[:, None] * s_row + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _columns(pointer, row, s_row, column, here, width, dtype: tl.constexpr):
+def _columns(pointer, row, s_row, column, here, width):
     """The same as (columns, rows)."""
     mask = here[None, :] & (column < width)[:, None]
-    return _as(tl.load(pointer + row[None, :] * s_row + column[:, None], mask=mask, other=0.0), dtype)
+    return tl.load(pointer + row[None, :] * s_row + column[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -156,8 +156,7 @@ def _inverse(A, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 def pairs(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
     table, chunks, chunks_of_row, length, total, scores, inverse, heads, heads_of_key,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total, P (`scores`) and, with beta, T (`inverse`); a program takes a head of a chunk."""
     c = tl.program_id(0)
@@ -179,8 +178,8 @@ def pairs(
     overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for start in tl.static_range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        ks = _rows(k, row, k_row, n, here, N, OPERAND)
-        products += _dot(_rows(q, row, q_row, n, here, N, OPERAND), tl.trans(ks))
+        ks = _rows(k, row, k_row, n, here, N)
+        products += _dot(_rows(q, row, q_row, n, here, N), tl.trans(ks))
         if beta is not None:
             overlaps += _dot(ks, tl.trans(ks))
     exponent = (sums[:, None] - sums[None, :]).to(tl.float32)
@@ -207,7 +206,6 @@ def walk(
     S ends as S times these, and the other rows. With a decay a channel there is `up`, K↑, and k is K↓; see
     `triton_channels`.
     """
-    OPERAND: tl.constexpr = v.dtype.element_ty
     ROWS: tl.constexpr = P + N if MAPS else P
     tile = tl.program_id(0)
     blocks: tl.constexpr = (ROWS + BLOCK_P - 1) // BLOCK_P
@@ -230,14 +228,14 @@ def walk(
         which = c.to(tl.int64) * heads + h
         if up is None:
             pointer = _row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head
-            ks = _rows(pointer, row, k_row, n, here, N, OPERAND)
+            ks = _rows(pointer, row, k_row, n, here, N)
             sums = tl.load(total + which * SIZE + i)
             whole = tl.load(total + which * SIZE + SIZE - 1)
             ups = ks
         else:
             ups = _made(up, which, i, n, N, SIZE)
             whole = tl.load(total + which * N + n, mask=n < N, other=0.0)[None, :]
-        u = _columns(_row(v, v_batch, v_row, batch, first) + h * v_head, row, v_row, p, here, P, OPERAND).to(tl.float32)
+        u = _columns(_row(v, v_batch, v_row, batch, first) + h * v_head, row, v_row, p, here, P).to(tl.float32)
         if not MAPS:
             tl.store(states + which * STATE + at, _as(state, states.dtype.element_ty), mask=inside)
         if beta is not None:
@@ -284,7 +282,7 @@ def output(
     result = tl.zeros([SIZE, BLOCK_P], dtype=tl.float32)
     for start in tl.static_range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        qs = _made(q, which, i, n, N, SIZE) if CHANNELS else _rows(q, row, q_row, n, here, N, OPERAND)
+        qs = _made(q, which, i, n, N, SIZE) if CHANNELS else _rows(q, row, q_row, n, here, N)
         entered = tl.load(
             states + which * (P * N) + p[:, None] * N + n[None, :],
             mask=(p < P)[:, None] & (n < N)[None, :],

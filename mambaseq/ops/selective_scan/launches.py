@@ -284,7 +284,8 @@ def processors(device: int) -> int:
 def room(device: int) -> int:
     """Bytes of shared memory that a thread block can have."""
     properties: Any = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin)
+    # AMD's have one number
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def _narrow(inputs: Inputs) -> int | None:
