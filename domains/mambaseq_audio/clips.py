@@ -18,7 +18,7 @@ from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
 from mambaseq_audio.mulaw import Codec
 from mambaseq_audio.random_clips import RandomClips
-from mambaseq_audio.recordings import Recording, is_manifest, overlap, recordings
+from mambaseq_audio.recordings import Recording, all_recordings, are_manifests, names_of, overlap
 from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles
 
@@ -36,9 +36,9 @@ class ClipData(SequenceData):
     Names are compared in Unicode's composed form (NFC), however a file system or an editor writes accents.
 
     Args:
-        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, or a manifest: a table that ends in
-            .csv, .tsv or .jsonl, with a column `file` and, if wanted, `split`, `start` and `end` (in seconds) and any
-            others; the default is the spoken digits that ship.
+        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, or a list of these; or a manifest, or a
+            list of manifests: tables that end in .csv, .tsv or .jsonl, with a column `file` and, if wanted, `split`,
+            `start` and `end` (in seconds) and any others; the default is the spoken digits that ship.
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
         condition: the groups that a clip is generated from, such as `[digit]` or `[digit, speaker]`, each by itself:
@@ -77,7 +77,7 @@ class ClipData(SequenceData):
     def __init__(
         self,
         *,
-        files: str = DIGITS,
+        files: str | Sequence[str] = DIGITS,
         pattern: str | None = None,
         condition: Sequence[str] | None = None,
         condition_numbers: Sequence[str] = (),
@@ -96,8 +96,9 @@ class ClipData(SequenceData):
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        self.files, self.manifest, self.skip_bad = files, is_manifest(files), skip_bad
-        shipped = files == DIGITS
+        self.files, self.skip_bad = names_of(files), skip_bad
+        self.manifest, self._given = are_manifests(self.files), cut_list(self.files)
+        shipped = self.files == [DIGITS]
         self.pattern = DIGITS_NAMES if shipped and pattern is None else pattern
         if condition is None:
             condition = ("digit",) if not self.manifest and "(?P<digit>" in (self.pattern or "") else ()
@@ -208,7 +209,7 @@ class ClipData(SequenceData):
             raise ConfigError(f"data.length must be even with channels: stereo; it is {self.length}.")
 
     def _found(self) -> list[Recording]:
-        return recordings(self.files)
+        return all_recordings(self.files)
 
     def _stored(self, found: Sequence[Recording]) -> SoundStore:
         return sound_store(
@@ -237,12 +238,12 @@ class ClipData(SequenceData):
         setting |= dict.fromkeys(self.condition, self.condition_setting)
         columns = dict.fromkeys(name for one in found for name in one.fields)
         if both := sorted(set(columns) & set(pattern.groupindex)):
-            raise ConfigError(f"{shown(both[0])} is a column of {self.files} and a group of data.pattern. Rename one.")
+            raise ConfigError(f"{shown(both[0])} is a column of {self._given} and a group of data.pattern. Rename one.")
         known = (*pattern.groupindex, *columns)
         for name in sorted(set(setting) - set(known)):
             if self.manifest and self.pattern is None:
                 raise ConfigError(
-                    f"The manifest {self.files} has no column named {shown(name)}.{did_you_mean(name, known)} It has: "
+                    f"The manifest {self._given} has no column named {shown(name)}.{did_you_mean(name, known)} It has: "
                     f"{cut_list(known) or 'none'}. Add it, or change {setting[name]}."
                 )
             if self.pattern is None:
@@ -280,17 +281,17 @@ class ClipData(SequenceData):
                 takes = selector(self.selections[split])
                 chosen[split] = {i for i, value in enumerate(values) if takes(value)}
             else:
-                chosen[split] = listed_clips([one.path for one in found], name, self.files)
+                chosen[split] = listed_clips([one.path for one in found], name, self._given)
         if both := chosen["validation"] & chosen["test"]:
             raise ConfigError(f"{found[min(both)]} is chosen for both validation and test. Choose it for only one.")
         kinds = [tuple(group.get(name, "") for name in self.condition) for group in groups]
         taken = set().union(*chosen.values())
-        chosen |= drawn_clips(found, kinds, self._draw, taken, self.seed, self.files)
+        chosen |= drawn_clips(found, kinds, self._draw, taken, self.seed, self._given)
         for i in range(len(found)):
             split = next((split for split, members in chosen.items() if i in members), "train")
             splits[split].append(i)
         if not splits["train"]:
-            raise DataError(f"No clip of {self.files} is left for training: all are chosen for validation or test.")
+            raise DataError(f"No clip of {self._given} is left for training: all are chosen for validation or test.")
         if pair := overlap(found, {i: split for split, members in splits.items() for i in members}):
             one, other = (found[i] for i in pair)
             raise DataError(f"{one} and {other} are in different splits and hold the same time. Put them into one.")

@@ -21,7 +21,7 @@ from mambaseq_audio.code_files import LAYOUTS, Layout, code_recordings, header, 
 from mambaseq_audio.codes import MOST_BOOKS, MOST_CODES, CodeFrames
 from mambaseq_audio.notices import Notices
 from mambaseq_audio.random_clips import RandomClips
-from mambaseq_audio.recordings import Recording, is_manifest
+from mambaseq_audio.recordings import Recording, are_manifests, names_of
 from mambaseq_audio.stores import Levels, SoundStore, identities_of, kept_store
 from mambaseq_audio.tiles import Tiles
 
@@ -35,8 +35,9 @@ class CodeData(ClipData):
     code of every stream once.
 
     Args:
-        files: a folder of .npy files, a pattern (`*`, `?`, `**`), a resource, or a manifest: a table that ends in .csv,
-            .tsv or .jsonl, with a column `file` and, if wanted, `split` and any others.
+        files: a folder of .npy files, a pattern (`*`, `?`, `**`), a resource, or a list of these; or a manifest, or a
+            list of manifests: tables that end in .csv, .tsv or .jsonl, with a column `file` and, if wanted, `split`
+            and any others.
         vocabulary: codes of a book: each is at least 0 and below it.
         layout: which axis of the arrays comes first, `frames_books` or `books_frames`.
         books: codes of a frame; left out, as many as most files have.
@@ -65,7 +66,7 @@ class CodeData(ClipData):
     def __init__(
         self,
         *,
-        files: str,
+        files: str | Sequence[str],
         vocabulary: int,
         layout: Layout = "frames_books",
         books: int | None = None,
@@ -82,10 +83,11 @@ class CodeData(ClipData):
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        none = None if is_manifest(files) and split in (None, "split") else ""
+        manifest = are_manifests(names_of(files))
+        none = None if manifest and split in (None, "split") else ""
         super().__init__(
             files=files,
-            pattern="^(?P<take>)" if pattern is None and not is_manifest(files) else pattern,
+            pattern="^(?P<take>)" if pattern is None and not manifest else pattern,
             condition=condition,
             condition_numbers=condition_numbers,
             split=split,
@@ -105,7 +107,7 @@ class CodeData(ClipData):
         check_choice("data.layout", self.layout, LAYOUTS)
 
     def _found(self) -> list[Recording]:
-        return code_recordings(self.files)
+        return code_recordings(*self.files)
 
     def _stored(self, found: Sequence[Recording]) -> SoundStore:
         books = self.books or self._books(found)

@@ -17,7 +17,7 @@ from mambaseq.errors import ConfigError, DataError, UserError, did_you_mean, sho
 from mambaseq.limits import SAMPLES, check_choice
 from mambaseq.outputs import is_stream, numbered, output_file, writes
 from mambaseq_audio.codes import MOST_BOOKS, CodeFrames
-from mambaseq_audio.recordings import Recording, manifest_columns, recordings
+from mambaseq_audio.recordings import Recording, all_recordings, manifest_columns
 
 SUFFIXES = frozenset((".npy",))
 
@@ -33,10 +33,10 @@ Layout = Literal["frames_books", "books_frames"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
-def code_recordings(name: str | Path) -> list[Recording]:
-    """The files of codes that a name stands for; see `mambaseq_audio.recordings.recordings`. Raises DataError for a
+def code_recordings(*names: str | Path) -> list[Recording]:
+    """The files of codes that names stand for; see `mambaseq_audio.recordings.all_recordings`. Raises DataError for a
     manifest with parts of files."""
-    found = recordings(name, SUFFIXES, "file of codes", ".npy")
+    found = all_recordings(names, SUFFIXES, "file of codes", ".npy")
     for one in found:
         if one.is_part:
             raise DataError(f"{one}: start and end are seconds of sound, and codes have none. Cut the file instead.")

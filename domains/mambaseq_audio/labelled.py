@@ -82,8 +82,8 @@ class LabelledClips(ClipData):
     scored by a classifier go through the same mu-law levels, so that rounding tells nothing.
 
     Args:
-        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, or a manifest (see `audio/clips`); the
-            default is the spoken digits that ship.
+        files: a folder of sound files, a pattern (`*`, `?`, `**`), a resource, a manifest, or a list (see
+            `audio/clips`); the default is the spoken digits that ship.
         pattern: a regular expression with named groups, searched in each file's name without folder and suffix. A
             manifest's columns are groups too, and need no pattern; the default is that of the digits' names.
         label: the group that is to be recognised.
@@ -118,7 +118,7 @@ class LabelledClips(ClipData):
     def __init__(
         self,
         *,
-        files: str = DIGITS,
+        files: str | Sequence[str] = DIGITS,
         pattern: str | None = None,
         label: str = "digit",
         split: str | None = None,

@@ -14,7 +14,7 @@ from mambaseq.conditions import composed
 from mambaseq.data.cache import locate
 from mambaseq.data.files import relative_names, walk
 from mambaseq.data.tables import ENDINGS, named_rows
-from mambaseq.errors import DataError, cut_list, did_you_mean, shown
+from mambaseq.errors import ConfigError, DataError, cut_list, did_you_mean, shown
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"))
 
@@ -92,6 +92,40 @@ def recordings(name: str | Path, *of: Any) -> list[Recording]:
         return found
     paths = audio_files(name, *of)
     return [Recording(path, called) for path, called in zip(paths, relative_names(paths, name), strict=True)]
+
+
+def names_of(files: str | Sequence[str]) -> list[str]:
+    """What a dataset's `files` name, one by one. Raises ConfigError for an empty list."""
+    found = [files] if isinstance(files, str) else list(files)
+    if not found:
+        raise ConfigError("data.files names nothing. Give a folder, a pattern, or a list of them.")
+    return found
+
+
+def all_recordings(names: Sequence[str | Path], *of: Any) -> list[Recording]:
+    """What several names stand for, in their order, each recording once. Of several names, files are called by their
+    paths from where all of them begin to differ. of: what else `audio_files` takes. Raises what `recordings` raises."""
+    found: dict[tuple[str, float, float | None], Recording] = {}
+    for name in names:
+        for one in recordings(name, *of):
+            found.setdefault((os.path.abspath(one.path), one.start, one.end), one)  # noqa: PTH100 - links stay
+    if len(names) > 1:
+        files = [key for key, one in found.items() if not one.place]
+        called = relative_names([Path(path) for path, _, _ in files], os.path.abspath(names[0]))  # noqa: PTH100
+        found |= {key: dataclasses.replace(found[key], name=name) for key, name in zip(files, called, strict=True)}
+    return list(found.values())
+
+
+def are_manifests(names: Sequence[str]) -> bool:
+    """Whether these names are those of manifests. Raises ConfigError where some are."""
+    kinds = {is_manifest(name) for name in names}
+    if len(kinds) > 1:
+        one = next(name for name in names if is_manifest(name))
+        raise ConfigError(
+            f"data.files has a manifest, {shown(one)}, beside sound files, of which nothing says what a manifest does. "
+            "Give manifests alone, or files alone."
+        )
+    return kinds == {True}
 
 
 def is_manifest(name: str | Path) -> bool:

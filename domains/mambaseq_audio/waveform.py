@@ -12,7 +12,7 @@ from mambaseq.limits import EPOCH, SEEDS, WINDOW, check_setting
 from mambaseq_audio.clip_splits import SPLITS
 from mambaseq_audio.io import Channels, check_channels, check_rate
 from mambaseq_audio.linear import Samples, codec_of
-from mambaseq_audio.recordings import Recording, overlap, recordings
+from mambaseq_audio.recordings import Recording, all_recordings, names_of, overlap
 from mambaseq_audio.stores import SoundStore, sound_store
 from mambaseq_audio.tiles import Tiles
 
@@ -59,7 +59,7 @@ class WaveformData(SequenceData):
         skip_bad: bool = False,
         seed: int = 0,
     ) -> None:
-        self.files = [files] if isinstance(files, str) else list(files)
+        self.files = names_of(files)
         self.length, self.epoch_size, self.seed = length, epoch_size, seed
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.sample_rate, self.resample, self.channels = sample_rate, resample, channels
@@ -88,9 +88,7 @@ class WaveformData(SequenceData):
                 f"({self.test_fraction}) are shares of every recording; together they must leave some of it "
                 f"for training."
             )
-        found = list(dict.fromkeys(one for name in self.files for one in recordings(name)))
-        if not found:
-            raise ConfigError("data.files names nothing. Give a folder, a pattern, or a list of them.")
+        found = all_recordings(self.files)
         given = [self._given(one) for one in found]
         # those without a split are split one by one, so that what two of them share may be in two sets
         if pair := overlap(found, {i: split or f"row {i}" for i, split in enumerate(given)}):

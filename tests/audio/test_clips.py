@@ -10,7 +10,9 @@ import torch
 from mambaseq_audio.baselines import unigram_bigram
 from mambaseq_audio.clip_splits import selector
 from mambaseq_audio.clips import ClipData
+from mambaseq_audio.labelled import LabelledClips
 from mambaseq_audio.mulaw import MuLaw
+from mambaseq_audio.recordings import all_recordings
 
 from mambaseq.data.loaders import SequenceDataModule
 from mambaseq.errors import ConfigError, DataError
@@ -79,6 +81,42 @@ def test_names_with_commas_and_accents(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("A\u030asa_1.wav\n\u00c5sa_2.wav\n", encoding="utf-8-sig")
     listed = data(tmp_path, pattern=pattern, condition=[], validation=[], test_list=str(tmp_path / "test.txt"))
     assert len(listed.clips("test")) == 2
+
+
+def test_a_list_of_folders_and_patterns(folder: Path, tmp_path: Path) -> None:
+    """Each recording is there once; files of one name in two folders are told apart."""
+    other = tmp_path / "more"
+    other.mkdir()
+    rng = np.random.default_rng(1)
+    for name in ("3_anna_1", "3_carl_2"):
+        soundfile.write(other / f"{name}.wav", rng.uniform(-0.5, 0.5, 60), 8000)
+    both = [str(folder), str(folder / "10_*.wav"), str(other)]
+    (tmp_path / "c.yaml").write_text("data: {name: audio/clips}")
+    options = {"pattern": r"^(?P<digit>\d+)_(?P<speaker>[a-z]+)_(?P<take>\d+)$", "validation": "1", "test": "0"}
+    words = [f"--data.{key}={value}" for key, value in options.items()]
+    clips = parse_config(str(tmp_path / "c.yaml"), [f"--data.files={both}", *words]).make_data()
+    clips.setup()
+    assert [len(clips.clips(split)) for split in ("train", "validation", "test")] == [9, 5, 4]  # type: ignore[attr-defined]
+    names = [one.name for one in all_recordings(both)]
+    assert len(names) == len(set(names)) == 18
+    assert {"clips/3_anna_1", "more/3_anna_1"} <= set(names)
+    assert [one.name for one in all_recordings([str(other)])] == ["3_anna_1", "3_carl_2"]
+    labelled = LabelledClips(files=both, label="speaker", **options)  # type: ignore[arg-type]
+    labelled.setup()
+    assert labelled.class_names == ("anna", "ben", "carl")
+
+
+def test_a_list_of_manifests(folder: Path, tmp_path: Path) -> None:
+    for number, names in enumerate((["3_anna_0", "3_ben_1"], ["10_ben_2"])):
+        rows = "".join(f"clips/{name}.wav,{'test' if '_1' in name else 'train'}\n" for name in names)
+        (tmp_path / f"{number}.csv").write_text(f"file,split\n{rows}")
+    files = [str(tmp_path / f"{number}.csv") for number in (0, 1)]
+    found = data(folder, files=files, pattern=None, condition=[], validation=None, test=None)
+    assert [len(found.clips(split)) for split in ("train", "validation", "test")] == [2, 0, 1]
+    with pytest.raises(ConfigError, match=r"data\.files has a manifest, '.*0\.csv', beside sound files"):
+        ClipData(files=[str(folder), *files])
+    with pytest.raises(ConfigError, match=r"data\.files names nothing"):
+        ClipData(files=[])
 
 
 def test_a_selection_that_no_clip_meets_is_named(folder: Path) -> None:

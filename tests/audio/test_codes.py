@@ -89,6 +89,9 @@ def test_items(tmp_path: Path) -> None:
     turned.setup()
     assert len(turned.clips("train")) == 6
     assert turned.clips("train")[0].shape == (40, 3)
+    both = CodeData(files=[str(folder), str(folder_of(tmp_path / "more"))], vocabulary=20, **named)  # type: ignore[arg-type]
+    both.setup()
+    assert [len(both.clips(split)) for split in ("train", "test")] == [8, 4]
     told = r"_0\.npy' \(has 40 book\(s\), read as frames_books, but 3 .* with data.layout: books_frames"
     with pytest.raises(DataError, match=told):
         CodeData(files=str(tmp_path / "turned"), vocabulary=20, books=3).setup()
