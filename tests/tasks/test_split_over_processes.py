@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import os
 import shlex
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,27 +79,62 @@ def same_weights(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return one, two
 
 
+def noted(path: str) -> None:
+    """Have this process write down, with its step, each batch that it is given in training."""
+    began = Task.on_train_batch_start
+
+    def noting(self: Task, batch: Batch, number: int) -> None:
+        with Path(path).open("a") as file:
+            file.write(json.dumps([self.global_step, batch.inputs.tolist()]) + "\n")
+        began(self, batch, number)
+
+    Task.on_train_batch_start = noting  # type: ignore[method-assign]
+
+
+def fit_noted(monkeypatch: pytest.MonkeyPatch, path: Path, arguments: list[str]) -> None:
+    """The same in this process, for one run."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Task, "on_train_batch_start", Task.on_train_batch_start)
+        noted(str(path))
+        assert main(arguments) == 0
+
+
+def steps_of(paths: Iterable[Path]) -> dict[int, list[Any]]:
+    """The sequences of each step, of all processes, sorted."""
+    found: dict[int, list[Any]] = {}
+    for path in paths:
+        for step, rows in map(json.loads, path.read_text().splitlines()):
+            found[step] = sorted([*found.get(step, []), *rows])
+    return found
+
+
 @pytest.mark.slow
-def test_a_sharded_run_goes_from_one_process_to_four_to_two_to_one(tmp_path: Path) -> None:
+def test_a_sharded_run_goes_from_one_process_to_four_to_two_to_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """FSDP2, with sequences split over two processes, whose states are gathered, and layers that are run again. All
     have the batches of one process, in its order; each process writes its part of a checkpoint, beside training."""
     fit = [*config(tmp_path), "--model.backbone.chunk_length=null", "--optimizer.schedule=constant"]
     fit += ["--checkpoint.every_n_steps=1"]
-    assert main([*fit, "--out", str(tmp_path / "one")]) == 0
-    out = str(tmp_path / "two")
-    assert main([*fit, "--out", out, "--trainer.max_steps=1"]) == 0
+    here = functools.partial(fit_noted, monkeypatch)
+    here(tmp_path / "one.batches", [*fit, "--out", str(tmp_path / "one")])
+    out, batches = str(tmp_path / "two"), [tmp_path / f"{name}.batches" for name in ("1", "4-0", "4-2", "2-0", "last")]
+    here(batches[0], [*fit, "--out", out, "--trainer.max_steps=1"])
     resume = ["fit", "--allow-import=tiny", "--resume", out]
     split = ["--model.backbone.context_parallel=2", "--model.backbone.context_states=gathered"]
     sharded = [*split, "--trainer.strategy=fsdp2", "--model.backbone.checkpoint=true"]
     for size, batch, steps in ((4, 1, 3), (2, 2, 4)):
         more = [f"--trainer.devices={size}", f"--loader.batch_size={batch}", f"--trainer.max_steps={steps}"]
-        ranks = launching.start([*resume, *sharded, *more], tmp_path, size=size)
+        notes = {rank: functools.partial(noted, str(tmp_path / f"{size}-{rank}.batches")) for rank in range(size)}
+        ranks = launching.start([*resume, *sharded, *more], tmp_path, size=size, before=notes)
         assert ranks.wait(250) == [0] * size, ranks.told(0) + ranks.told(1)
         (parts,) = (tmp_path / "two" / "checkpoints").glob("last.ckpt.*.parts")
         assert len(list(parts.glob("*.distcp"))) == size
         assert load_model(tmp_path / "two" / "model").card.step == steps
     rest = ["--trainer.devices=1", "--trainer.strategy=auto", "--model.backbone.context_parallel=1"]
-    assert main([*resume, *rest, "--trainer.max_steps=5"]) == 0
+    here(batches[-1], [*resume, *rest, "--trainer.max_steps=5"])
+    assert steps_of(batches) == steps_of([tmp_path / "one.batches"])
+    assert [len(rows) for rows in steps_of(batches).values()] == [4] * 5
     same_weights(tmp_path)
     losses = [dict(RunFolder(tmp_path / name).curve("train/loss")) for name in ("one", "two")]
     for step in (0, 3, 4):  # with four processes it is that of one of two groups
