@@ -23,10 +23,12 @@ MIXERS = {"text/mamba3": "text/demo", "dna/gated_delta": "dna/genome", "audio/ma
 OF_RECIPES = {f"text/{name}" for name in ("pile", "slimpajama", "fineweb_edu", "wikitext103", "chat")}
 OF_RECIPES |= {variant.config for variant in (*sc09.TABLE_4, *sc09.TABLE_5)}
 OF_RECIPES |= {variant.config for variant in (*youtubemix.FIGURE_7, *youtubemix.LEFT, *youtubemix.RIGHT)}
+# on several processes: tests/tasks/test_split_over_processes.py
+SEVERAL = {"text/ddp_context", "text/ddp_context_chunks", "text/fsdp2_context"}
 NAMES = [
     entry.name
     for entry in catalog()["configs"]
-    if entry.target.startswith("mambaseq:") and entry.name not in ALIKE.keys() | MIXERS.keys() | OF_RECIPES
+    if entry.target.startswith("mambaseq:") and entry.name not in ALIKE.keys() | MIXERS.keys() | OF_RECIPES | SEVERAL
 ]
 SMALL = {
     "--model.d_model": "16",

@@ -45,6 +45,9 @@ domain = Domain(
         "wikitext103": ("mambaseq:configs/text/wikitext103.yaml", "WikiText-103 with that recipe"),
         "chat": ("mambaseq:configs/text/chat.yaml", "fine-tuning of a published model on conversations"),
         "mamba3": ("mambaseq:configs/text/mamba3.yaml", "the demo with Mamba-3, minutes on a CPU"),
+        "ddp_context": ("mambaseq:configs/text/ddp_context.yaml", "the demo on four processes, pairs share sequences"),
+        "ddp_context_chunks": ("mambaseq:configs/text/ddp_context_chunks.yaml", "the same chunk by chunk, in bf16"),
+        "fsdp2_context": ("mambaseq:configs/text/fsdp2_context.yaml", "the same sharded, layers run again, in bf16"),
         "demo": ("mambaseq:configs/text/demo.yaml", "Shakespeare byte by byte, minutes on a CPU"),
     },
     commands={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -256,6 +257,24 @@ def test_processes_share_a_chunk() -> None:
         return loss
 
     assert on_ranks(2, on_rank) == pytest.approx([whole, whole], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["text/ddp_context", "text/ddp_context_chunks", "text/fsdp2_context"])
+def test_a_configuration_for_four_processes_trains_what_its_base_does(name: str, tmp_path: Path) -> None:
+    small = ["--model.d_model=16", "--model.backbone.n_layers=1", "--model.mixer.backend=reference", "--data.length=72"]
+    small += ["--optimizer.warmup_steps=0", "--trainer.max_steps=4", "--trainer.limit_val_batches=1"]
+    small += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    out, alone = tmp_path / "run", tmp_path / "one"
+    ranks = launching.start(["fit", "--config", name, "--out", str(out), *small], tmp_path, size=4)
+    assert ranks.wait(200) == [0] * 4, ranks.told(0) + ranks.told(1)
+    assert main(["fit", "--config", "text/demo", "--out", str(alone), *small]) == 0
+    found, expected = (load_model(folder / "model").model.state_dict() for folder in (out, alone))
+    assert found.keys() == expected.keys()
+    ((step, value),), ((last, wanted),) = (RunFolder(folder).curve("val/loss") for folder in (out, alone))
+    assert step == last
+    assert value == pytest.approx(wanted, rel=5e-3)  # which bf16 is within
+    assert wanted < 0.97 * math.log(256)  # learned
 
 
 @pytest.mark.slow
