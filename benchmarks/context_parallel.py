@@ -100,7 +100,7 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
     several = measure.context.size > 1
     found: dict[str, tuple[bool, Callable[[], None]]] = {
         "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
-        "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=2)),
+        "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=1)),
         "apart": (several, lambda: apart(measure, long // 2, size, chunk_length)),
         "layers": (several, lambda: layers_of(measure, length, width, size["n_layers"])),
         "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),

@@ -241,7 +241,12 @@ class Backbone(nn.Module, abc.ABC):
             )
         from mambaseq.backbones.chunks import run_in_chunks
 
-        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, part)
+        bundles = relay.Bundles(part, self._owners(), x)
+        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, bundles)
+
+    def _owners(self) -> list[relay.Owner]:
+        """Of the states that ranks hand on, in the order in which they run."""
+        return list(self.mixers())
 
     def _gathers(self, part: parallel.Part) -> bool:
         """Whether all ranks run a layer at once, from states that they gather, instead of handing them on.

@@ -344,7 +344,7 @@ def run_in_chunks(
     cu_seqlens: Tensor | None,
     return_state: bool,
     chunk_length: int,
-    part: Part | None = None,
+    bundles: Bundles | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """`run(x, state, cu_seqlens, return_state)`, over `chunk_length` positions at a time.
 
@@ -355,7 +355,7 @@ def run_in_chunks(
 
     module: what `run` computes with. init_state: n → states of n empty histories. x `(batch, length, d_model)`, any
         float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once (waiting for the GPU), since
-        they decide how sequences are cut. part: x is a rank's part of split sequences, whose pieces are the chunks.
+        they decide how sequences are cut. bundles: x is a rank's part of split sequences, whose pieces are the chunks.
         Raises ValueError for states of another number of sequences, and ConfigError for gradients of parameters that
         are shards, as FSDP's of single layers are.
     """
@@ -366,12 +366,12 @@ def run_in_chunks(
         bounds = sequences.offsets(cu_seqlens, length)
     given = [] if state is None else _tensors(state)
     chunks: Sequence[Piece | _Own]
-    if part is None:
+    if bundles is None:
         n_given = batch if bounds is None else len(bounds) - 1
         chunks, relays = plan(length, chunk_length, batch, bounds), None
     else:
+        part = bundles.part
         n_given = len(part.entering)
-        bundles = Bundles(part)
         chunks, relays = _own(part), [Relay(part, number, keeps=True, bundles=bundles) for number in part.mine]
     for tensor in given:
         if tensor.shape[:1] != (n_given,):
@@ -393,9 +393,9 @@ def run_in_chunks(
         None if state is None else _Layout.of(state),
         relays=relays,
     )
-    if torch.is_grad_enabled() and (part is not None or any(t.requires_grad for t in (x, *given, *parameters))):
+    if torch.is_grad_enabled() and (bundles is not None or any(t.requires_grad for t in (x, *given, *parameters))):
         _check_whole(parameters)
-        if part is not None and not x.requires_grad:  # on every rank alike: others wait for gradients
+        if bundles is not None and not x.requires_grad:  # on every rank alike: others wait for gradients
             x = x.detach().requires_grad_()
         y, *final = _InChunks.apply(job, x, cu_seqlens, len(given), *given, *parameters)
     else:

@@ -17,7 +17,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,40 +46,38 @@ def current() -> Relay | None:
 
 
 class _Known(NamedTuple):
-    """What arrives for a layer: states like this one, of empty histories, and what is sent of them."""
+    """What arrives for a layer: states like this one, of empty histories, and what is sent of them; see `_wide`."""
 
     like: Any
     kinds: list[Like]
+    wide: bool
 
 
 class Bundles:
-    """Which layers' states go in one message, between pieces that ranks run one after the other.
+    """Which layers' states go in one message, between pieces that ranks run one after the other: of L layers and N
+    ranks L // 2N. The last rank is then half a piece behind the first, which has another half to spare before it waits
+    for the last.
 
-    What a layer's states are is known once a rank has run its first piece. So messages from the first piece of each
-    rank are of one layer, and later ones of L // 2N of L layers, with N ranks: the last rank is then half a piece
-    behind the first, which has another half to spare before it waits for the last.
+    owners: of the states, in the order in which they run. x: the input of a rank's pieces.
     """
 
-    def __init__(self, part: Part) -> None:
-        self._ranks = part.context.size
-        self._arrive = part.batch if part.bounds is None else 1
-        self.known: list[_Known] = []  # of each layer that has states, in order
+    def __init__(self, part: Part, owners: Iterable[Owner], x: Tensor) -> None:
+        self.part = part
+        n = part.batch if part.bounds is None else 1
+        self.known: list[_Known] = []  # of each layer that has states
+        for owner in owners:
+            if not owner.position_wise:
+                like, wide = owner.init_state(n, device=x.device), _wide(owner, x)
+                self.known.append(_Known(like, [_kind(tensor, wide) for tensor in like.tensors().values()], wide))
+        self._width = max(1, len(self.known) // (2 * part.context.size))
 
-    def note(self, index: int, number: int, mixer: Owner, residual: Tensor) -> None:
-        """Layer `number` of those with states is run over a piece."""
-        if index < self._ranks and number == len(self.known):
-            like = mixer.init_state(self._arrive, device=residual.device)
-            self.known.append(_Known(like, _kinds(like, _wide(mixer, residual))))
+    def kinds(self, number: int) -> list[list[Like]]:
+        """What is sent of each layer of a message that begins with this one."""
+        return [known.kinds for known in self.known[number : number + self._width]]
 
-    def of(self, index: int, number: int) -> range:
-        """The layers whose states a piece sends together, of which one has this number."""
-        width = 1 if index < self._ranks else max(1, len(self.known) // (2 * self._ranks))
-        first = number - number % width
-        return range(first, number + 1 if width == 1 else min(first + width, len(self.known)))
-
-    def kinds(self, index: int, number: int) -> list[list[Like]]:
-        """What is sent of each of them."""
-        return [self.known[n].kinds for n in self.of(index, number)]
+    def ends(self, number: int) -> bool:
+        """Whether this layer is the last of its message."""
+        return (number + 1) % self._width == 0 or number == len(self.known) - 1
 
 
 class Relay:
@@ -87,8 +85,8 @@ class Relay:
 
     keeps: remember what is received, for `again`: the same piece run again, with gradients. Then nothing is sent or
     received but gradients. backwards: time runs from the last piece to the first. gathers: nothing is handed on; all
-    ranks run a layer at once, from what each says of its piece (see `mambaseq.parallel.ends`). bundles: those of the
-    rank's pieces, if it has several.
+    ranks run a layer at once, from what each says of its piece (see `mambaseq.parallel.ends`). bundles: of what is
+    sent, if ranks have several pieces; a message a layer without.
     """
 
     def __init__(
@@ -116,7 +114,7 @@ class Relay:
         self._keeps, self._kept = keeps, list[list[Tensor]]()
         self._replayed: Iterator[list[Tensor]] | None = None
         self._fillers = 0
-        self._index, self._bundles = index, bundles
+        self._bundles = bundles
         # how many layers with states were run; of bundles, what is for later layers, and what earlier ones left
         self._number = 0
         self._come, self._going = collections.deque[list[Tensor]](), list[Tensor]()
@@ -171,8 +169,6 @@ class Relay:
             return layer(branch, residual, given, return_state)
         number = self._number
         self._number += 1
-        if self._bundles is not None:
-            self._bundles.note(self._index, number, mixer, residual)
         if self.source is None and self.target is None and not self._fillers:
             return layer(branch, residual, given, return_state)
         if self._part is not None:
@@ -180,7 +176,7 @@ class Relay:
                 given = _together(mixer.init_state(self._arrive, device=residual.device), given)
             branch, residual, new = layer(branch, residual, given, return_state)
             return branch, residual, _some(new, self._finished) if return_state else None
-        wide = _wide(mixer, residual)
+        wide = _wide(mixer, residual) if self._bundles is None else self._bundles.known[number].wide
         carried = None
         if self.source is not None:
             branch, residual, carried = self._receive(number, mixer, branch, residual, wide)
@@ -203,10 +199,10 @@ class Relay:
             room = numbers.tolist()
         if self._bundles is None:
             like = mixer.init_state(self._arrive, None if room is None else room[0], device=residual.device)
+            bundle = [[_kind(tensor, wide) for tensor in like.tensors().values()]]
         else:
-            like = self._bundles.known[number].like
+            like, bundle = self._bundles.known[number].like, self._bundles.kinds(number)
         if not self._come:
-            bundle = [_kinds(like, wide)] if self._bundles is None else self._bundles.kinds(self._index - 1, number)
             kinds = [kind for one in bundle for kind in one]
             passed = [residual] if branch is None else [residual, branch]
             if torch.is_grad_enabled():
@@ -226,7 +222,7 @@ class Relay:
     def _send(self, number: int, branch: Tensor, state: Any, wide: bool) -> Tensor:
         assert self.target is not None
         self._going += [tensor.to(_kind(tensor, wide).dtype) for tensor in state.tensors().values()]
-        if self._bundles is not None and number != self._bundles.of(self._index, number)[-1]:
+        if self._bundles is not None and not self._bundles.ends(number):
             return branch
         tensors, self._going = self._going, []
         if isinstance(state, GrowingState):
@@ -284,12 +280,8 @@ def _kind(tensor: Tensor, wide: bool) -> Like:
     return Like(tuple(tensor.shape), dtype)
 
 
-def _kinds(like: Any, wide: bool) -> list[Like]:
-    return [_kind(tensor, wide) for tensor in like.tensors().values()]
-
-
 def _some(state: Any, rows: slice) -> Any:
-    return state.map(lambda tensor: tensor[rows])
+    return state.map(lambda tensor: tensor if rows == slice(0, len(tensor)) else tensor[rows])
 
 
 def _with(like: Any, tensors: Sequence[Tensor]) -> Any:

@@ -143,6 +143,16 @@ class UNet(Backbone):
         layers += [layer for tier in reversed(tiers) for layer in tier.up]
         return [layer.mixer for layer in layers]  # type: ignore[misc]
 
+    def _owners(self) -> list[relay.Owner]:
+        down: list[relay.Owner] = []
+        up: list[relay.Owner] = []
+        for tier in self._tiers():
+            down += [layer.mixer for layer in tier.down]  # type: ignore[misc]
+            if tier.pool is not None:
+                down.append(Way(tier.pool, tier.pool.init_begun))
+                up = [Way(tier.pool, tier.pool.init_held), *(layer.mixer for layer in tier.up), *up]  # type: ignore[list-item]
+        return [*down, *up]
+
     @property
     def n_states(self) -> int:
         return len(self.mixers()) + len(self._tiers()) - 1

@@ -123,8 +123,7 @@ def test_layers_share_messages_between_chunks_whose_second_run_hears_of_gradient
     torch.manual_seed(0)
     of = causal_lm(7, 8, layers, "mamba", d_state=3, chunk_length=4)
     split_step(of, 2, *data(2), chunk_length=4)
-    # from a rank's first chunk a message a layer; from the last chunk none
-    first, second = layers + (turns - 1) * bundles, layers + (turns - 2) * bundles
+    first, second = turns * bundles, (turns - 1) * bundles  # from the last chunk none
     assert counts["send", False] == counts["receive", True] == {0: first, 1: second}
     assert counts["receive", False] == counts["send", True] == {1: first, 0: second}
 
