@@ -39,9 +39,13 @@ class _Graph:
     told: Tensor
     weights: list[StorageWeakRef]
 
+    def __post_init__(self) -> None:
+        self._addresses = [one.cdata for one in self.weights]
+
     def is_safe(self) -> bool:
         """Whether all memory that it reads is still there; what the model is by now is another question."""
-        return not any(map(StorageWeakRef.expired, self.weights))
+        # `StorageWeakRef.expired` of each takes seven times as long
+        return not any(map(torch.UntypedStorage._expired, self._addresses))
 
 
 @dataclasses.dataclass

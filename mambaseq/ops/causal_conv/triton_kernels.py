@@ -14,6 +14,8 @@ sequence begins and ends.
 import triton
 import triton.language as tl
 
+from mambaseq.ops.gpu.triton_math import sigmoid
+
 _CHANGING = ["n_sequences", "length", "bits", "blocks_of_channels", "runs", "steps"]
 
 
@@ -129,7 +131,7 @@ def _shifted(u, window, WIDTH: tl.constexpr):
 
 @triton.jit
 def _silu_slope(value):
-    s = tl.sigmoid(value)
+    s = sigmoid(value)
     return s * (1.0 + value * (1.0 - s))
 
 
@@ -187,7 +189,7 @@ def forward(
                 window = _restarted(window, state, s_sequence, s_channel, s_step, where, starts, c, channels, WIDTH)
             value = _convolved(u, window, columns, offset, WIDTH)
             if SILU:
-                value = value * tl.sigmoid(value)
+                value = value * sigmoid(value)
             tl.store(y + row.to(tl.int64)[:, None] * y_row + c[None, :], value.to(y.dtype.element_ty), mask=valid)
             window = _shifted(u, window, WIDTH)
 
