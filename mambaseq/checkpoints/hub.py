@@ -28,6 +28,7 @@ from mambaseq.models import SequenceModel, build_model
 
 _DESCRIPTION, _WEIGHTS, _README = "model.json", "model.safetensors", "README.md"
 _EITHER = "The model (model.json, or a published one's config.json)"  # one of both is looked for
+_ELSEWHERE = "Try again later, or fetch it elsewhere (hf download NAME --local-dir FOLDER) and give that folder"
 _PATIENCE = 5.0  # seconds until the Hub must have answered
 _REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -128,6 +129,11 @@ def _published(hub: _Hub) -> Path:
     folder = hub.fetch("config.json", _EITHER).parent
     weights = next((path for name in WEIGHTS if (path := hub.fetch_if_there(name))), None)
     if weights is None:
+        if hub.why:
+            raise UserError(
+                f"The cache here has config.json of {shown(hub.repository)}, but none of {cut_list(WEIGHTS)}, and "
+                f"{hub.why}. {_ELSEWHERE}."
+            )
         raise UserError(f"{hub.repository} has none of {cut_list(WEIGHTS)}. Name another repository.")
     if weights.suffix == ".json":
         names = parts_in(weights)
@@ -258,12 +264,11 @@ class _Hub(NamedTuple):
         try:
             return Path(_hub().hf_hub_download(self.repository, name, **self.options))
         except Exception as error:  # errors of the Hub, the network and the disk have many types
-            elsewhere = "fetch it elsewhere (hf download NAME --local-dir FOLDER) and give that folder"
             if self.why and type(error).__name__ == "LocalEntryNotFoundError":
                 reason = f"{self.why}, and the cache here has no such file"
-                remedy = f"Check the name, the connection and the proxy, try again later, or {elsewhere}"
+                remedy = f"Check the name, the connection and the proxy. {_ELSEWHERE}"
             elif reason := _failing(error) or _failing(error.__cause__):
-                remedy = f"Try again later, or {elsewhere}"
+                remedy = _ELSEWHERE
             else:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 remedy = "Check the name, the revision, the token and the connection"

@@ -256,7 +256,7 @@ def test_a_hub_that_is_down_is_asked_once_and_named(
     monkeypatch.setattr("time.sleep", waited.append)
     down.answers["model.json"] = (status, b"")
     with pytest.raises(
-        UserError, match=rf"config\.json\) of 'me/none' cannot be .* answers {status}, .*try again later"
+        UserError, match=rf"config\.json\) of 'me/none' cannot be .* answers {status}, .*Try again later"
     ):
         SequenceModel.from_pretrained("me/none", cache_dir=tmp_path)
     with pytest.raises(UserError, match=rf"'me/none' cannot be downloaded anew: .* answers {status}"):
@@ -301,4 +301,8 @@ def test_a_published_model_in_the_cache_is_read_where_the_hub_may_not_be_asked(
         download("me/published", cache_dir=tmp_path, force_download=True)
     with pytest.raises(UserError, match=r"config\.json\) of 'me/other' .*HF_HUB_OFFLINE.* has no such file"):
         download("me/other", cache_dir=tmp_path)
+    (folder / "model.safetensors").unlink()
+    told = r"cache here has config\.json of 'me/published', but none of model.*HF_HUB_OFFLINE.* or fetch it elsewhere"
+    with pytest.raises(UserError, match=told):
+        download("me/published", cache_dir=tmp_path)
     assert not down.asked
