@@ -188,7 +188,7 @@ def main() -> int:
     if options.parts:
         gpu._parts = lambda *_: 3
     wrong, most = False, ROOM[options.capability]
-    gpu._room = lambda _: most
+    gpu._room = lambda device: most
     for dtype, decays, size in itertools.product(options.dtypes, options.decays, options.sizes):
         d_key, d_value = map(int, size.split("x"))
         one = functools.partial(
