@@ -5,12 +5,14 @@
     python benchmarks/serving.py --checkpoint RUN --parts mixed --minutes 10      with the memory told each 10 s
 
 A server is started for it, unless `--url` names one of the same run, started with as many `--slots` as the highest
-concurrency. check: answers to requests of all kinds at once are held against those of `generate`, each alone. load:
-`--concurrency` clients ask again and again for `--new` tokens after prompts of `--prompt` tokens, and read the stream:
-tokens a second of all together, seconds until the first token and until the last. `generate` with a batch of that size
-stands beside it, measured while the server has nothing to do. Requests that are not answered as they should be are
-lost, and told. drain: SIGTERM comes while requests are answered; all of them must be. Exits with 1 where something is
-lost or differs; in 16 bits answers may, since a batch of another size rounds otherwise, and are counted only.
+concurrency. check: answers to requests
+of all kinds at once are held against those of `generate`, each alone. load: `--concurrency` clients ask again and again
+for `--new` tokens after prompts of `--prompt` tokens, and read the stream: tokens a second of all together, seconds
+until the first token and until the last. `generate` with a batch of that size stands beside it, measured while the
+server has nothing to do. Both do a little of the same before the clock starts. Requests that are not answered as they
+should be are lost, and told. drain: SIGTERM comes while requests are answered; all of them must be. Exits with 1 where
+something is lost or differs; in 16 bits answers may, since a batch of another size rounds otherwise, and are counted
+only.
 """
 
 from __future__ import annotations
@@ -142,15 +144,21 @@ async def check(site: Site, prompts: Prompts, loaded: LoadedModel, new: int) -> 
     return {"asked": len(asked), "equal": equal}
 
 
-def beside(loaded: LoadedModel, prompts: Prompts, batch: int, length: int, new: int) -> float:
-    """Tokens a second of `generate` for so many prompts, prefill included; the best of two calls."""
-    device, best = next(loaded.model.parameters()).device, 0.0
-    for _ in range(2):
+def beside(loaded: LoadedModel, prompts: Prompts, batch: int, length: int, new: int) -> tuple[float, float]:
+    """Tokens a second of `generate` for so many prompts, prefill included; the best of two calls behind those that
+    compile and capture, and the seconds of these."""
+    device, best, warm_up = next(loaded.model.parameters()).device, 0.0, 0.0
+    # a prompt's shape is captured when it is read for the third time
+    for count in (min(new, 20), min(new, 20), min(new, 20), new, new):
         rows = [torch.tensor(prompts.of(length), device=device) for _ in range(batch)]
         begun = time.perf_counter()
-        generate_all(loaded.model, rows, new, temperature=0.8, top_p=0.95, seed=0)
-        best = max(best, batch * new / (time.perf_counter() - begun))
-    return best
+        generate_all(loaded.model, rows, count, temperature=0.8, top_p=0.95, seed=0)
+        took = time.perf_counter() - begun
+        if count < new:
+            warm_up += took
+        else:
+            best = max(best, batch * new / took)
+    return best, warm_up
 
 
 async def load(site: Site, prompts: Prompts, clients: int, length: int, new: int, rounds: int) -> dict[str, Any]:
@@ -364,21 +372,27 @@ async def measured(
             print(f"{part}: the time is up", flush=True)
         return time.monotonic() <= end
 
+    told["warm_up_s"] = (await site.metrics()).get("warm_up_seconds")
+    print(f"of its start, the server's warm-up took {told['warm_up_s'] or 0:.1f} s\n", flush=True)
     if wanted("load"):
         print(
             f"{'clients':>7} {'tokens/s':>9} {'generate':>9} {'first p50':>9} {'p95 ms':>8} {'whole p50':>9} "
-            f"{'p95 ms':>8} lost"
+            f"{'p95 ms':>8} lost  s before the clock"
         )
         for clients in arguments.concurrency:
             if not wanted("load"):
                 break
+            begun = time.perf_counter()
+            await load(site, prompts, clients, length, min(new, 8), 1)
+            warm_up = time.perf_counter() - begun
             row = await load(site, prompts, clients, length, new, arguments.rounds)
-            row["generate_tokens_per_s"] = beside(loaded, prompts, clients, length, new)
+            row["generate_tokens_per_s"], generates = beside(loaded, prompts, clients, length, new)
+            row |= {"warm_up_s": warm_up, "generate_warm_up_s": generates}
             told.setdefault("load", []).append(row)
             print(
                 f"{row['concurrency']:>7} {row['tokens_per_s']:>9,.0f} {row['generate_tokens_per_s']:>9,.0f} "
                 f"{row['first_p50_ms']:>9,.0f} {row['first_p95_ms']:>8,.0f} {row['latency_p50_ms']:>9,.0f} "
-                f"{row['latency_p95_ms']:>8,.0f} {row['lost']:>4}",
+                f"{row['latency_p95_ms']:>8,.0f} {row['lost']:>4}  {warm_up:.1f}, generate {generates:.1f}",
                 flush=True,
             )
     if wanted("prefix"):
@@ -442,7 +456,7 @@ def main() -> None:
         if process is not None:
             wait(site, process)
             told["start_s"] = time.monotonic() - clock
-            print(f"the server answers {told['start_s']:.1f} s after its start\n", flush=True)
+            print(f"the server answers {told['start_s']:.1f} s after its start", flush=True)
         asyncio.run(measured(arguments, loaded, site, process, told, clock + arguments.seconds))
     finally:
         if process is not None and process.poll() is None:

@@ -39,6 +39,12 @@ def run(argv: list[str], command: str) -> int:
     parser.add_argument("--cache-mb", type=int, default=1024, help="MiB of states of prompts that are kept (1024)")
     parser.add_argument("--drain", type=int, default=30, metavar="SECONDS", help="for answers after SIGTERM (30)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
+    parser.add_argument(
+        "--no-warm-up",
+        dest="warm_up",
+        action="store_false",
+        help="listen at once; requests then wait for what is compiled when it is first needed",
+    )
     add_dtype(parser)
     add_allow_import(parser)
     given = vars(parser.parse_args(argv))

@@ -15,6 +15,7 @@ from mambaseq.generation.prompts import Prompts
 from mambaseq.mixers.base import State
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
+from mambaseq.ops import sequences
 
 # Tokens of prompts that are read at once, all sequences together: of one prompt at most, if it is long.
 _PREFILL = 8192
@@ -112,8 +113,9 @@ def _packed(model: SequenceModel, prompts: Prompts, condition: Tensor | None) ->
     row = torch.cat([prompts.only([number]).read(0, length)[0] for number, length in enumerate(prompts.lengths)])
     ends = torch.tensor([0, *prompts.lengths]).cumsum(0).to(row.device)
     bounds = ends.to(torch.int32)
-    x = model.encoder(row[None], condition, bounds)
-    hidden, state = model.backbone(x, cu_seqlens=bounds, return_state=True)
+    with sequences.shared_tables():  # which each layer would make anew
+        x = model.encoder(row[None], condition, bounds)
+        hidden, state = model.backbone(x, cu_seqlens=bounds, return_state=True)
     return _contiguous(state), model.told(hidden[0, ends[1:] - 1][:, None])[:, -1]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -20,15 +21,18 @@ from mambaseq.encoders import TokenEncoder
 from mambaseq.errors import ConfigError, UserError, cut
 from mambaseq.generation.checks import PENALTIES, check_one_pick, continues, not_finite
 from mambaseq.limits import check_whole
-from mambaseq.mixers.base import State
 from mambaseq.models import SequenceModel
+from mambaseq.serving.parts import Parts
 from mambaseq.serving.picking import Picker
 from mambaseq.serving.prefixes import PrefixCache
 from mambaseq.serving.reading import Reading, Readings
 from mambaseq.serving.requests import Request, Ticket
 from mambaseq.serving.slots import Slots
+from mambaseq.serving.states import Groups
+from mambaseq.serving.warming import WarmUp, prepared, sizes_up_to
 
 _LOG = logging.getLogger(__name__)
+_ROW, _TOGETHER = 2048, 16  # tokens and prompts in a row of a fixed size, at most
 
 
 class Full(UserError):
@@ -66,23 +70,28 @@ class Counts:
 
 @dataclasses.dataclass
 class _Answer:
-    """An answer that has a slot. picked: its tokens so far, some of which nobody may have looked at yet. read: tokens,
-    the prompt's too, that its state has read."""
+    """An answer that has a slot. picked: its tokens so far, some of which nobody may have looked at yet."""
 
     ticket: Ticket
-    read: int
+    prompt: int
+    most: int
     picked: int = 0
+
+    @property
+    def read(self) -> int:
+        """Tokens, the prompt's too, that its state has read: all but the last that was picked."""
+        return self.prompt + self.picked - 1
 
 
 @dataclasses.dataclass
 class _Picked:
-    """Tokens that were picked on the device, and whether what the head told was finite: `(2, n)` int64, which are there
-    when the event has come. states: of some answers, by their row, with the number of tokens read."""
+    """Tokens that were picked on the device, and whether what the head told was finite: `(2, n or more)` int64, which
+    are there when the event has come. states: of some answers, by their row, with the number of tokens read."""
 
     tickets: list[Ticket]
     found: Tensor
     event: torch.cuda.Event | None
-    states: dict[int, tuple[int, list[State]]] = dataclasses.field(default_factory=dict)
+    states: dict[int, tuple[int, Groups]] = dataclasses.field(default_factory=dict)
 
 
 class Engine:
@@ -101,8 +110,11 @@ class Engine:
         cache: states of prompts to be found again; None keeps none.
         late: look at a step's tokens when the next one has been given to the device, which so never waits; an answer
             that ends by its tokens then takes one step more, which nobody sees. None: on a GPU.
+        fixed: compute for few numbers of answers and of tokens of prompts, filled up to the next one, so that
+            `warm_up` can compile all that requests will need, and capture it in CUDA graphs. None: on a GPU.
 
     Attributes:
+        warmed: what `warm_up` did, None before.
         fault: what went wrong with the last computation; None where it went well.
 
     Raises ConfigError for a model that cannot be served, and for numbers out of range.
@@ -118,6 +130,7 @@ class Engine:
         longest: int = 65_536,
         cache: PrefixCache | None = None,
         late: bool | None = None,
+        fixed: bool | None = None,
     ) -> None:
         if not continues(model, "tokens") or getattr(model.head, "codes", 0) > 0:
             raise ConfigError(
@@ -135,8 +148,10 @@ class Engine:
         self.model = model.eval()
         self.queue, self.part, self.longest, self.cache = queue, part, longest, cache
         self.late = on_gpu if late is None else late
-        self.slots = Slots(model, slots)
+        self._fixed = on_gpu if fixed is None else fixed
+        self.slots = Slots(model, slots, sizes_up_to(slots, 1) if self._fixed else None)
         self.counts = Counts()
+        self.warmed: WarmUp | None = None
         self.fault: Fault | None = None
         self._closed: str | None = None
         encoder = model.encoder
@@ -144,8 +159,11 @@ class Engine:
         self._waiting: collections.deque[Ticket] = collections.deque()
         # all that have not ended, and some that have: tickets move between the other lists while others ask
         self._open: list[Ticket] = []
-        self._readings = Readings(model, cache)
-        self._picker = Picker(model, slots)
+        most = min(part, longest)
+        rows = sizes_up_to(min(most, _ROW), 32) if self._fixed else None
+        self._parts = Parts(model, self.slots.layout, most, rows, min(slots, _TOGETHER) if self._fixed else slots)
+        self._readings = Readings(self._parts, cache)
+        self._picker = Picker(model, slots, self._fixed)
         self._active: list[_Answer] = []  # by slot
         self._unseen: list[_Picked] = []
         self._asked = threading.Condition()
@@ -233,14 +251,25 @@ class Engine:
         return self.busy
 
     @torch.no_grad()
-    def warm_up(self) -> None:
-        """Compile and capture what steps need, so that the first requests do not wait for it. Before any is there."""
+    def warm_up(self, seconds: float = 120.0) -> WarmUp:
+        """Compile and capture what steps need, so that requests do not wait for it. Before any is there. After so many
+        seconds no further shape is begun; requests then wait for those that are left."""
+        counts, lengths = self.slots.sizes or (1, self.slots.size), self._parts.sizes or (1, self._parts.tokens)
+
+        def prepare(count: int) -> str | None:
+            _, hidden = self._parts.read([np.zeros(1, dtype=np.int64)], [None])
+            self.model.told(hidden.expand(count, -1, -1))  # of those that join
+            told, why_not = self.slots.warm_up(count)
+            return self._picker.warm_up(told) or why_not
+
+        # large ones first: the others fit into their memory
+        shapes = [functools.partial(self._parts.warm_up, length) for length in reversed(lengths)]
+        shapes += [functools.partial(prepare, count) for count in reversed(counts)]
         with self._on_device():
-            for length in {1, min(self.part, self.longest)}:
-                part = torch.zeros(1, length, dtype=torch.int64, device=self._device)
-                hidden, _ = self.model.backbone(self.model.encoder(part, None), return_state=True)
-                self.model.told(hidden[:, -1:])
-            self.slots.warm_up()
+            self.warmed = prepared(shapes, seconds)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        return self.warmed
 
     def _on_device(self) -> contextlib.AbstractContextManager[None]:
         """Kernels and events go to the current device, which is each thread's own."""
@@ -370,11 +399,10 @@ class Engine:
         try:
             hidden = torch.cat([reading.hidden for reading in readings if reading.hidden is not None])
             told = self.model.told(hidden)[:, -1]
+            self.slots.enter([reading.state for reading in readings if reading.state is not None])
             for reading in readings:
-                assert reading.state is not None
-                self.slots.enter(reading.state, reading.row)
                 self._picker.enter(reading.ticket.request)
-                self._active.append(_Answer(reading.ticket, reading.at))
+                self._active.append(_Answer(reading.ticket, reading.at, reading.ticket.request.max_new_tokens))
             self._pick(told, first)
         except Exception as error:
             self._fail(first, [reading.ticket for reading in readings], error)
@@ -382,14 +410,11 @@ class Engine:
     def _decode(self) -> None:
         if not self._active:
             return
-        tickets = [answer.ticket for answer in self._active]
+        answers = [*self._active]
         try:
-            logits = self.slots.step(self._picker.tokens)
-            for answer in self._active:
-                answer.read += 1
-            self._pick(logits, 0)
+            self._pick(self.slots.step(self._picker.tokens), 0, stays=True)
         except Exception as error:
-            self._fail(0, tickets, error)
+            self._fail(0, [answer.ticket for answer in answers], error)
 
     def _fail(self, first: int, tickets: list[Ticket], error: Exception) -> None:
         """Free the slots from `first` on, and end the answers that have them, or had them when the step began."""
@@ -398,20 +423,23 @@ class Engine:
         for ticket in tickets:
             self._end(ticket, "failed", error)
 
-    def _pick(self, told: Tensor, first: int) -> None:
-        """A token to each answer from the slot `first` on, by what the head tells of them, `(answers, ...)`."""
+    def _pick(self, told: Tensor, first: int, stays: bool = False) -> None:
+        """A token to each answer from the slot `first` on, by what the head tells of them, `(answers or more, ...)`.
+        stays: see `Picker.pick`."""
         answers = self._active[first:]
-        chosen = self._picker.pick(told, first)
-        found, event = self._to_host(torch.stack([chosen, told.amax(-1).isfinite().long()]))
+        found, event = self._to_host(self._picker.pick(told, first, stays))
         picked = _Picked([answer.ticket for answer in answers], found, event)
+        every = 0 if self.cache is None else self.cache.every
+        ended = []
         for row, answer in enumerate(answers):
             answer.picked += 1
-            ended = answer.picked == answer.ticket.request.max_new_tokens
-            if self.cache is not None and answer.picked > 1 and (ended or answer.read % self.cache.every == 0):
+            is_last = answer.picked == answer.most
+            if every and answer.picked > 1 and (is_last or not answer.read % every):
                 picked.states[row] = answer.read, self.slots.state_of(first + row)
-        for slot in range(len(self._active) - 1, first - 1, -1):
-            if self._active[slot].picked == self._active[slot].ticket.request.max_new_tokens:
-                self._leave(slot)
+            if is_last:
+                ended.append(first + row)
+        for slot in reversed(ended):
+            self._leave(slot)
         if self.late:
             self._unseen.append(picked)
         else:
@@ -431,14 +459,14 @@ class Engine:
         """Add tokens to their answers, and free the slots of those that so end."""
         if picked.event is not None:
             picked.event.synchronize()
-        for row, (ticket, token, fine) in enumerate(zip(picked.tickets, *picked.found.tolist(), strict=True)):
+        tokens, finite = picked.found[:, : len(picked.tickets)].tolist()
+        for row, (ticket, token) in enumerate(zip(picked.tickets, tokens, strict=True)):
             if ticket.finished is not None:
                 continue
-            if not fine:
+            if not finite[row]:
                 self._end(ticket, "failed", not_finite())
                 continue
             self.counts.new_tokens += 1
-            self.fault = None
             try:
                 ticket.add(token)
             except Exception as error:  # of what looks at its tokens
@@ -450,6 +478,8 @@ class Engine:
                 self._keep(ticket, *picked.states[row])
             if ticket.finished is not None:
                 self.counts.answered += 1
+        if any(finite):
+            self.fault = None
         for slot in range(len(self._active) - 1, -1, -1):
             answer = self._active[slot]
             if answer.ticket.finished is not None:
@@ -457,7 +487,7 @@ class Engine:
                     self._keep(answer.ticket, answer.read, self.slots.state_of(slot))
                 self._leave(slot)
 
-    def _keep(self, ticket: Ticket, read: int, state: list[State]) -> None:
+    def _keep(self, ticket: Ticket, read: int, state: Groups) -> None:
         """Keep the state behind the first `read` tokens of a prompt and its answer, for prompts that begin with
         them: one every K tokens, and one where the answer ends."""
         if self.cache is not None:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mambaseq.limits import check_whole
-from mambaseq.mixers.base import State
+from mambaseq.serving.states import Groups
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """The state behind `length` tokens, which nobody may change.
 
-    state: of one sequence, one for each layer. hidden `(1, 1, d_model)`: the backbone's output at the last of the
+    state: of one sequence. hidden `(1, 1, d_model)`: the backbone's output at the last of the
     tokens; None where it is not known. bytes: of all of it.
     """
 
     length: int
-    state: list[State]
+    state: Groups
     hidden: Tensor | None
     bytes: int
 
@@ -72,14 +71,12 @@ class PrefixCache:
                     return entry
         return None
 
-    def keep(self, tokens: np.ndarray, state: Sequence[State], hidden: Tensor | None) -> None:
+    def keep(self, tokens: np.ndarray, state: Groups, hidden: Tensor | None) -> None:
         """Hold the state behind `(length,)` int64 tokens. Nobody may change it afterwards."""
-        state = [layer.map(_owned) for layer in state]
-        hidden = None if hidden is None else _owned(hidden)
-        tensors = [tensor for layer in state for tensor in layer.tensors().values()]
-        size = sum(tensor.nbytes for tensor in (*tensors, *(() if hidden is None else (hidden,))))
+        size = sum(tensor.nbytes for tensor in (*state, *(() if hidden is None else (hidden,))))
         if size > self.budget:
             return
+        state, hidden = [_owned(tensor) for tensor in state], None if hidden is None else _owned(hidden)
         blocks = _Blocks(tokens, self.every)
         key, root = blocks.key(len(tokens)), blocks.root(len(tokens))
         if (known := self._entries.get(key)) is not None:

@@ -6,25 +6,22 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mambaseq.generation.reading import joined
-from mambaseq.mixers.base import State
-from mambaseq.models import SequenceModel
+from mambaseq.serving.parts import Parts
 from mambaseq.serving.prefixes import PrefixCache
 from mambaseq.serving.requests import Ticket
+from mambaseq.serving.states import Groups
 
 
 @dataclasses.dataclass(eq=False)
 class Reading:
-    """A prompt that is being read: the state behind its first `at` tokens, that of `row` among those of the list, and
-    the backbone's output at the last of them, `(1, 1, d_model)`."""
+    """A prompt that is being read: the state behind its first `at` tokens, and the backbone's output at the last of
+    them, `(1, 1, d_model)`."""
 
     ticket: Ticket
     at: int = 0
-    state: list[State] | None = None
-    row: int = 0
+    state: Groups | None = None
     hidden: Tensor | None = None
 
     @property
@@ -39,9 +36,8 @@ class Readings:
     ran: tokens that the last run has read.
     """
 
-    def __init__(self, model: SequenceModel, cache: PrefixCache | None) -> None:
-        self._model, self._cache = model, cache
-        self._device = next(model.parameters()).device
+    def __init__(self, parts: Parts, cache: PrefixCache | None) -> None:
+        self._parts, self._cache = parts, cache
         self._all: list[Reading] = []
         self._behind: dict[Ticket, tuple[Reading, int]] = {}  # which prompt another waits for, and up to where
         self.ran = 0
@@ -83,6 +79,8 @@ class Readings:
         kept when it has been read."""
         assert self._cache is not None
         theirs = other.ticket.request.prompt
+        if prompt[0] != theirs[0]:  # most do not begin alike, and comparing all of all takes time
+            return 0
         most = min(len(prompt), len(theirs))
         differ = np.flatnonzero(prompt[:most] != theirs[:most])
         shared = int(differ[0]) if len(differ) else most
@@ -92,7 +90,10 @@ class Readings:
         """Read at most so many tokens, at once. Returns those whose computation failed, which are dropped: one
         request's trouble is not the others'."""
         pack: list[tuple[Reading, int]] = []
+        most = min(most, self._parts.tokens)
         for reading in self._all:
+            if len(pack) == self._parts.sequences:
+                break
             if (stop := min(self._stop(reading), reading.at + most)) > reading.at:
                 pack.append((reading, stop))
                 most -= stop - reading.at
@@ -142,31 +143,10 @@ class Readings:
         if not pack:
             return
         parts = [reading.ticket.request.prompt[reading.at : stop] for reading, stop in pack]
-        row = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._device, non_blocking=True)
-        ends = np.cumsum([len(part) for part in parts])
-        state = self._states([reading for reading, _ in pack])
-        bounds = None
-        if len(pack) > 1:
-            bounds = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(self._device, non_blocking=True)
-        x = self._model.encoder(row[None], None, bounds)
-        hidden, state = self._model.backbone(x, state=state, cu_seqlens=bounds, return_state=True)
+        states, hidden = self._parts.read(parts, [reading.state for reading, _ in pack])
         for number, (reading, stop) in enumerate(pack):
             self.ran += stop - reading.at
-            reading.at, reading.state, reading.row = stop, state, number
-            reading.hidden = hidden[:, ends[number] - 1 : ends[number]]
+            reading.at, reading.state = stop, states[number]
+            reading.hidden = hidden[number : number + 1]
             if self._cache is not None and (stop == reading.length or stop % self._cache.every == 0):
-                reading.state, reading.row = _only(state, number), 0
                 self._cache.keep(reading.ticket.request.prompt[:stop], reading.state, reading.hidden)
-
-    def _states(self, readings: Sequence[Reading]) -> list[State] | None:
-        """The states of several as those of a batch; None where all begin."""
-        if all(reading.state is None for reading in readings):
-            return None
-        empty = self._model.init_state(1) if any(reading.state is None for reading in readings) else []
-        given = [empty if one.state is None else _only(one.state, one.row) for one in readings]
-        found: list[State] = joined(given)
-        return found
-
-
-def _only(state: list[State], row: int) -> list[State]:
-    return [layer.map(lambda tensor: tensor[row : row + 1]) for layer in state]

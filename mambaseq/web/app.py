@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
@@ -24,10 +23,8 @@ from mambaseq.web.completions import Completion, NoModel
 from mambaseq.web.doors import LOOPBACK, Doors
 from mambaseq.web.metrics import metrics
 from mambaseq.web.page import make_page
-from mambaseq.web.service import Asked, Piece, Service
+from mambaseq.web.service import Asked, Service
 
-# seconds between two events of a stream for each answer that is being made, and at most
-_EVENT, _LONGEST_WAIT = 0.001, 0.05
 _ADDRESSES = "/v1/completions, /v1/chat/completions, /v1/models, /health, /metrics or /"
 
 
@@ -238,7 +235,6 @@ class _Stream(Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
         self._service, self._completion, self._asked = service, completion, asked
-        self._sent = 0.0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def work() -> None:
@@ -274,20 +270,12 @@ class _Stream(Response):
         yield [*([json_text(completions.last(completion, service, tickets))] if completion.usage else []), "[DONE]"]
 
     async def _pieces(self) -> list[tuple[int, str, bool]]:
-        """What is there, and at least one: the pieces of an answer that came meanwhile are one. Where many are answered
-        it is waited for more, since each event takes time from the engine."""
+        """What is there, and at least one: the pieces of an answer that came meanwhile are one."""
         merged: dict[int, tuple[int, str, bool]] = {}
-
-        def take(piece: Piece) -> None:
+        piece = await self._asked.pieces.get()
+        while True:
             _, before, _ = merged.get(piece.number, (0, "", False))
             merged[piece.number] = piece.number, before + self._asked.text(piece), piece.ended
-
-        first = await self._asked.pieces.get()
-        wait = min(_EVENT * self._service.engine.active, _LONGEST_WAIT) + self._sent - time.monotonic()
-        if not first.ended and wait > 0:
-            await asyncio.sleep(wait)
-        take(first)
-        while not self._asked.pieces.empty():
-            take(self._asked.pieces.get_nowait())
-        self._sent = time.monotonic()
-        return list(merged.values())
+            if self._asked.pieces.empty():
+                return list(merged.values())
+            piece = self._asked.pieces.get_nowait()

@@ -44,6 +44,8 @@ def _values(service: Service) -> Iterator[tuple[str, str, str, float]]:
     yield "requests_waiting", "gauge", "Requests that wait.", engine.waiting
     yield "slots", "gauge", "Answers that can be made at once.", engine.slots.size
     yield "state_bytes", "gauge", "Bytes of one answer's state.", engine.slots.bytes_each
+    if engine.warmed is not None:
+        yield "warm_up_seconds", "gauge", "Seconds of compiling and capturing before the start.", engine.warmed.seconds
     if (resident := resident_bytes()) is not None:
         yield "resident_bytes", "gauge", "Bytes of memory that the process holds.", resident
     if torch.cuda.is_initialized():

@@ -38,6 +38,7 @@ def serve(
     allow_host: Sequence[str] = (),
     device: str | None = None,
     dtype: str | None = None,
+    warm_up: bool = True,
 ) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds.
 
@@ -45,7 +46,8 @@ def serve(
     prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
     takes the variable MAMBASEQ_API_KEY, and where there is none, nobody needs one. allow_host: names by which the
     server may be called, beside localhost (see `mambaseq.web.doors.names`). dtype: of the weights: float32, bfloat16 or
-    float16; None is float32. States stay in float32.
+    float16; None is float32. States stay in float32. warm_up: compile and capture what requests will need before the
+    first, for at most about two minutes; else they wait for it.
 
     Raises ConfigError where fastapi or uvicorn is missing, a number is out of range, no request can bring the key, the
     model cannot be served, or the address cannot be listened at.
@@ -78,7 +80,8 @@ def serve(
         print(f"mambaseq serve: no chats, since {paragraph(service.damaged)}", file=sys.stderr)
     if not is_loopback(host) and key is None:
         print(f"mambaseq serve: anyone who reaches {host} may ask; --api-key KEY asks for a key.", file=sys.stderr)
-    engine.warm_up()
+    if warm_up:
+        print(f"mambaseq serve: {engine.warm_up()}", file=sys.stderr, flush=True)
     sys.setswitchinterval(_SWITCH)
     settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
     app = make_app(service, key, drain, *names(host, allow_host, key is not None))

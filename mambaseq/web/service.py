@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +23,8 @@ from mambaseq.serving.text import Answer
 from mambaseq.serving.worker import Worker
 
 _AT_ONCE = 16  # tokens that are decoded together
+# seconds between two events of streams for each answer that is being made, and at most
+_EVENT, _LONGEST_WAIT = 0.001, 0.05
 
 
 class Piece(NamedTuple):
@@ -127,7 +129,7 @@ class Service:
         """
         asked, stops = Asked(), StopStrings(list(stop), self.tokenizer)
         if self._outbox is None or self._outbox.loop is not asyncio.get_running_loop():
-            self._outbox = _Outbox(asyncio.get_running_loop())
+            self._outbox = _Outbox(asyncio.get_running_loop(), self.engine)
         try:
             for index, request in enumerate(requests):
                 # only who waits for a stop string must look at each token's text while the engine steps
@@ -150,26 +152,49 @@ def _ends(answer: Answer, stop_ids: frozenset[int]) -> Callable[[int], bool]:
 
 
 class _Outbox:
-    """Pieces on their way from the engine's thread to an event loop, which is woken once for all that are there."""
+    """Pieces on their way from the engine's thread to an event loop. First and last ones go at once; where many are
+    answered the others wait, and go together: each event takes time from the engine, and waking the loop, too."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._pieces: collections.deque[tuple[Asked, Piece]] = collections.deque()
-        self._called = False
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
+        self.loop, self._engine = loop, engine
+        self._lock = threading.Lock()
+        self._now: list[tuple[Asked, Piece]] = []
+        self._later: dict[tuple[Asked, int], list[Piece]] = {}  # by answer
+        self._called = self._timed = False
+        self._sent = 0.0
 
-    def put(self, asked: Asked, piece: Piece) -> None:
+    def put(self, asked: Asked, piece: Piece, at_once: bool) -> None:
         """From the engine's thread."""
-        self._pieces.append((asked, piece))
-        if not self._called:
-            self._called = True
+        with self._lock:
+            if at_once:
+                before = self._later.pop((asked, piece.number), ())
+                self._now += [(asked, one) for one in (*before, piece)]
+                call, called, self._called = self._deliver, self._called, True
+            else:
+                self._later.setdefault((asked, piece.number), []).append(piece)
+                call, called, self._timed = self._wait, self._timed, True
+        if not called:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                self.loop.call_soon_threadsafe(self._deliver)
+                self.loop.call_soon_threadsafe(call)
+
+    def _wait(self) -> None:
+        wait = min(_EVENT * self._engine.active, _LONGEST_WAIT) + self._sent - time.monotonic()
+        self.loop.call_later(max(wait, 0.0), self._deliver_all)
 
     def _deliver(self) -> None:
-        self._called = False  # before the look: what comes later calls again
-        while self._pieces:
-            asked, piece = self._pieces.popleft()
+        with self._lock:
+            self._called, pieces, self._now = False, self._now, []
+        for asked, piece in pieces:
             asked.pieces.put_nowait(piece)
+
+    def _deliver_all(self) -> None:
+        self._deliver()
+        with self._lock:
+            self._timed, later, self._later = False, self._later, {}
+        for (asked, _), pieces in later.items():
+            for piece in pieces:
+                asked.pieces.put_nowait(piece)
+        self._sent = time.monotonic()
 
 
 class _Listener:
@@ -196,7 +221,8 @@ class _Listener:
 
     def __call__(self, ticket: Ticket) -> None:
         ended, service = ticket.finished is not None, self._service
-        if self._first and ticket.tokens:
+        first = self._first and bool(ticket.tokens)
+        if first:
             self._first = False
             service.first_tokens += 1
             service.to_first += time.monotonic() - self._begun
@@ -212,7 +238,7 @@ class _Listener:
         elif self._called and not ended:
             return
         self._called = True
-        self._outbox.put(self._asked, Piece(self._index, text, ended))
+        self._outbox.put(self._asked, Piece(self._index, text, ended), first or ended)
 
     def text(self, ticket: Ticket, piece: Piece) -> str:
         """The text of a piece; by the event loop."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mambaseq.generation import generate
 from mambaseq.generation.sampling import sample
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.serving import Engine, Full, PrefixCache, Request, Ticket
-from mambaseq.serving.picking import sample_rows
+from mambaseq.serving.picking import Needs, kinds, sample_rows
 from mambaseq.serving.worker import Worker
 
 NAN = float("nan")
@@ -60,14 +61,23 @@ def expected(model: SequenceModel, request: Request) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("mixer", "backbone", "late", "part"),
-    [("mamba", None, False, 7), ("s4d", UNET, False, 7), ("mamba", None, True, 64)],
+    ("mixer", "backbone", "late", "part", "fixed"),
+    [
+        ("mamba", None, False, 7, False),
+        ("s4d", UNET, False, 7, False),
+        ("mamba", None, True, 64, False),
+        ("mamba", None, True, 50, True),
+        ("mamba2", None, True, 7, True),
+        ("gated_delta", None, False, 64, True),
+        ("s4d", UNET, True, 64, True),
+    ],
 )
 def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
-    mixer: str, backbone: dict[str, object] | None, late: bool, part: int
+    mixer: str, backbone: dict[str, object] | None, late: bool, part: int, fixed: bool
 ) -> None:
     model = made(mixer, backbone)
-    engine = Engine(model, slots=3, part=part, cache=PrefixCache(4, 2**20), late=late)
+    engine = Engine(model, slots=3, part=part, cache=PrefixCache(4, 2**20), late=late, fixed=fixed)
+    engine.warm_up()
     shared = prompt_of(9, 99)
     requests = [
         Request(np.concatenate([shared, prompt_of(n, n)])[: 3 + 2 * n], 5 + 3 * n, **more)
@@ -95,6 +105,75 @@ def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
     assert engine.counts.answered == len(tickets)
     assert engine.counts.new_tokens == sum(len(ticket.tokens) for ticket in tickets)
     assert engine.slots.used == engine.active == 0
+
+
+class Replayed:
+    """A CUDA graph on a CPU: what ran once is run again into the same memory, which all graphs share."""
+
+    why_not = None
+    made: ClassVar[list[tuple[torch.Tensor, ...]]] = []  # by all
+
+    def __init__(self, run: Callable[[], tuple[torch.Tensor, ...]], *_: object) -> None:
+        self._run, self._own, self.calls = run, None, 0
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        for others in self.made:
+            for tensor in others:
+                tensor.fill_(0 if tensor.dtype == torch.int64 else NAN)
+        found, self.calls = self._run(), self.calls + 1
+        if self.calls < 2:
+            return found
+        if self._own is None:
+            self._own = found
+            self.made.append(found)
+        for own, new in zip(self._own, found, strict=True):
+            own.copy_(new)
+        return self._own
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_answers_from_graphs_are_those_of_generate(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of what a graph computes is looked up when it is replayed, and nothing is left where the next one
+    writes."""
+    model = made()
+    for module in ("parts", "picking"):
+        monkeypatch.setattr(f"mambaseq.serving.{module}.Replay", Replayed)
+    monkeypatch.setattr("mambaseq.serving.parts.can_capture", lambda *_: True)
+    monkeypatch.setattr(Replayed, "made", [])
+    engine = Engine(model, slots=6, part=40, cache=PrefixCache(16, 2**24), late=late, fixed=True)
+    told: dict[int, torch.Tensor] = {}
+
+    def decoder(count: int, make: Any = engine.slots._decoder) -> Any:
+        """Whose steps tell in the same memory each time, as those of a graph."""
+        found = make(count)
+        if count not in told:
+            told[count] = found.model.step_(torch.zeros(count, dtype=torch.int64), found.state)
+            step = found.step
+            found.step = lambda token: told[count].copy_(step(token))
+        return found
+
+    monkeypatch.setattr(engine.slots, "_decoder", decoder)
+    monkeypatch.setattr(engine, "_to_host", lambda found: (found.clone(), None))
+    assert engine.warm_up().made == engine.warm_up().of == 4 + 2  # of 1, 2, 4 and 6 answers, and 32 and 40 tokens
+    made_so_far = len(Replayed.made)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 3, "top_k": 5},
+        {"seed": 4, "temperature": 0.7, "stop_ids": frozenset({1, 2, 3})},
+        {"seed": 3, "top_p": 0.7, "min_p": 0.02},
+    ]
+    tickets = []
+    for number in range(14):
+        tickets.append(engine.ask(Request(prompt_of(5 + 6 * number, number % 7), 9 + number, **kinds[number % 4])))
+        if number % 2:
+            engine.step()
+    run(engine)
+    penalised = engine.ask(Request(prompt_of(30, 1), 9, seed=5, repetition_penalty=1.3))
+    run(engine)
+    assert [ticket.error for ticket in tickets if ticket.error] == []
+    for ticket in [*tickets, penalised]:
+        assert ticket.tokens == expected(model, ticket.request)
+    assert len(Replayed.made) == made_so_far == 2 + 4 * 4  # all that requests needed was captured before
 
 
 @pytest.mark.gpu
@@ -210,20 +289,31 @@ def test_rows_are_picked_by_their_own_settings() -> None:
         "min_p": [0.0, 0.05, 1.0],
     }
     rows = [{name: rng.choice(some) for name, some in choices.items()} for _ in range(200)]
-    values = {name: np.array([row[name] for row in rows], dtype=float) for name in choices}
-    there = {name: torch.from_numpy(some)[:, None] for name, some in values.items()}
+    values = np.array([[row[name] for row in rows] for name in choices], dtype=float)
+    there = {name: torch.from_numpy(some)[:, None] for name, some in zip(choices, values, strict=True)}
     uniform = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    tokens = sample_rows(logits, values, there, uniform)
-    for number, row in enumerate(rows):
-        if row["temperature"] > 0:
-            one = slice(number, number + 1)
-            assert tokens[one] == sample(logits[one], uniform=uniform[one], **row)  # type: ignore[arg-type]
+    wanted = [
+        sample(logits[n, None], uniform=uniform[n, None], **row).item() if row["temperature"] > 0 else None  # type: ignore[arg-type]
+        for n, row in enumerate(rows)
+    ]
+
+    def check(some: list[int]) -> Needs:
+        """That rows have their tokens whatever is left out because none of them needs it. Returns what they need."""
+        needs = Needs.of(values[:, some], 40)
+        under = {name: value[some] for name, value in there.items()}
+        for each in {needs, needs.rounded(40)}:
+            tokens = sample_rows(logits[some], under, uniform[some], each).tolist()
+            assert all(wanted[n] in (None, token) for n, token in zip(some, tokens, strict=True))
+        return needs.rounded(40)
+
+    check([*range(200)])
+    found = {check([n]) for n in range(200) if rows[n]["temperature"] > 0}
+    assert {replaced._replace(greedy=True) for replaced in found} == {*kinds(40)[1:]}
 
 
 def test_the_cache_keeps_to_its_bytes_and_forgets_the_least_recently_used() -> None:
-    model = made()
-    state = model.backbone(model.encoder(torch.zeros(1, 1, dtype=torch.int64)), return_state=True)[1]
-    size = Engine(model, slots=2).slots.bytes_each
+    engine = Engine(made(), slots=2)
+    state, size = engine.slots.layout.empty, engine.slots.bytes_each
     cache = PrefixCache(4, 3 * size)
     one, two, three, four = (prompt_of(6, seed) for seed in range(4))
     for prompt in (one, two, three):
@@ -247,7 +337,8 @@ def test_a_state_of_the_cache_holds_no_more_memory_than_it_says() -> None:
     entry = cache.longest(np.append(prompt_of(300), 0))
     assert entry is not None
     assert entry.length == 300
-    tensors = [*(t for layer in entry.state for t in layer.tensors().values()), entry.hidden]
+    assert entry.hidden is not None
+    tensors = [*entry.state, entry.hidden]
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == entry.bytes
     assert len(cache) == 5  # at 64, 128, 192 and 256 tokens, and at the end
 
@@ -373,8 +464,7 @@ def test_models_whose_states_grow_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("every", [1, 3, 5])
 def test_the_longest_of_several_states_is_found(every: int) -> None:
-    model = made()
-    state = model.backbone(model.encoder(torch.zeros(1, 1, dtype=torch.int64)), return_state=True)[1]
+    state = Engine(made()).slots.layout.empty
     tokens, cache = prompt_of(20), PrefixCache(every, 2**24)
     for length in (1, 4, 7, 8, 15):
         cache.keep(tokens[:length], state, None)

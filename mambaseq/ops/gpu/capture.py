@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 _T = TypeVar("_T")
 
@@ -66,6 +67,53 @@ def capture(
     except BaseException:
         _clean_up(graph)
         raise
+
+
+class Replay:
+    """Work on a GPU that reads tensors where they are each time: the first call runs it, watched for waits, the second
+    captures it in a CUDA graph, which it and later ones replay. Where that cannot be, all calls run it.
+
+    run: gives tensors; those of a graph are the same at each call, and overwritten by the next. device: of the work;
+    on others than GPUs it is always run. pool: of `torch.cuda.graph_pool_handle`, for graphs that may use the same
+    memory: what one gives is then overwritten by the next call of any.
+    why_not: the reason why it cannot be captured, None where it can.
+    """
+
+    def __init__(self, run: Callable[[], tuple[Tensor, ...]], device: torch.device, pool: Any = None) -> None:
+        self._run, self._device, self._pool = run, device, pool
+        self.why_not = None if device.type == "cuda" else f"there are no graphs on {device.type}"
+        self._watched = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._made: tuple[Tensor, ...] = ()
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        if self._graph is None and self.why_not is None:
+            with torch.cuda.device(self._device), capturing:
+                if not self._watched:
+                    return self._watch()
+                self._capture()
+        if self._graph is None:
+            return self._run()
+        self._graph.replay()
+        return self._made
+
+    def _watch(self) -> tuple[Tensor, ...]:
+        self._watched = True
+        made, waits = warm_up(self._run, torch.cuda.Stream(self._device))
+        for tensor in made:
+            tensor.record_stream(torch.cuda.current_stream())
+        if waits:
+            self.why_not = "it waits for the GPU"
+        return made
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._made = capture(graph, self._run, pool=self._pool)
+        except RuntimeError as error:  # no memory, or what cannot be captured
+            self.why_not = str(error).partition("\n")[0]
+        else:
+            self._graph = graph
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph) -> None:
