@@ -114,7 +114,8 @@ class Replayed:
     made: ClassVar[list[tuple[torch.Tensor, ...]]] = []  # by all
 
     def __init__(self, run: Callable[[], tuple[torch.Tensor, ...]], *_: object) -> None:
-        self._run, self._own, self.calls = run, None, 0
+        self._run, self.calls = run, 0
+        self._own: tuple[torch.Tensor, ...] = ()
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
         for others in self.made:
@@ -123,7 +124,7 @@ class Replayed:
         found, self.calls = self._run(), self.calls + 1
         if self.calls < 2:
             return found
-        if self._own is None:
+        if not self._own:
             self._own = found
             self.made.append(found)
         for own, new in zip(self._own, found, strict=True):
