@@ -97,7 +97,6 @@ CHANGED = {
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.7,
     "optimizer.eps": 1e-6,
-    "optimizer.momentum": 0.8,
     "optimizer.decay_share": 0.5,
     "optimizer.warmup_steps": 5,
     "optimizer.schedule": "linear",
@@ -123,6 +122,7 @@ CHANGED = {
     "generation.presence_penalty": 0.1,
 }
 
+UNUSED = {"optimizer.momentum": 0.8}  # by the optimizer of the run
 REFUSED = {
     "optimizer.name": "muon",
     "optimizer.options": '{"beta": 0.5}',
@@ -143,7 +143,7 @@ def options(changed: dict[str, Any]) -> list[str]:
 def test_every_key_of_a_configuration_is_decided_here() -> None:
     parser, _ = make_parser({"data": "tasks.test_resume_settings:Numbered", **MODEL_PARTS})
     keys = {key for key in vars(parser.get_defaults().as_flat()) if not key.startswith(("data", "model", "trainer"))}
-    assert keys - {"config"} == CHANGED.keys() | REFUSED.keys()
+    assert keys - {"config"} == CHANGED.keys() | UNUSED.keys() | REFUSED.keys()
 
 
 def test_every_setting_is_used_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -264,6 +264,16 @@ def test_settings_that_a_run_cannot_change_are_refused_by_name(run: Path, capsys
     more = ["--trainer.max_steps=9", *options({key: REFUSED[key]})]
     assert main(["fit", "--resume", str(run), *more]) == 2
     assert f"{key} cannot change in a run that has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", UNUSED)
+def test_settings_that_nothing_would_use_are_refused_by_name(run: Path, capsys, key: str) -> None:
+    before = (run / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=9", *options({key: UNUSED[key]})]) == 2
+    assert f"{key} is {UNUSED[key]}, which adamw does not use. Leave it out" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=4"]) == 0
 
 
 @pytest.mark.parametrize("option", ["default_root_dir=elsewhere", "logger=false", "enable_checkpointing=false"])
