@@ -126,7 +126,7 @@ def recall(argv: list[str]) -> int:
     texts = Texts(reader, given.filler or SHAKESPEARE, given.seed)
     found: list[Found] = []
     with memory_told("--lengths"):
-        for one in recalled(reader, texts, scale, lengths):
+        for one in recalled(reader, texts, scale, lengths, progress=sys.stderr.isatty()):
             found.append(one)
             print(f"{one.length:,} tokens: needle {one.needles[0]:.0%}", file=sys.stderr, flush=True)
     print(table(found, scale))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from mambaseq.errors import ConfigError
 from mambaseq.generation.scoring import Asked
@@ -134,8 +135,11 @@ def _pieces(files: str | Sequence[str]) -> Iterator[str]:
             yield from (text[start : start + 2**16] for start in range(0, len(text), 2**16))
 
 
-def recall(reader: Reader, texts: Texts, scale: Scale, lengths: Sequence[int] | None = None) -> Iterator[Found]:
-    """What a model finds again, by length; see `Found`. lengths: in place of the scale's.
+def recall(
+    reader: Reader, texts: Texts, scale: Scale, lengths: Sequence[int] | None = None, progress: bool = False
+) -> Iterator[Found]:
+    """What a model finds again, by length; see `Found`. lengths: in place of the scale's. progress: show a bar of the
+    texts of a length on standard error.
 
     Raises ConfigError for a length that has no room for what is hidden.
     """
@@ -143,21 +147,25 @@ def recall(reader: Reader, texts: Texts, scale: Scale, lengths: Sequence[int] | 
         WINDOW.check(length, "--lengths")
         start, read = time.perf_counter(), 0
         needle: dict[float, tuple[float, float]] = {}
-        for depth in scale.depths:
+        asked = (len(scale.depths) + 1) * scale.texts
+        with tqdm(total=asked, desc=f"{length:,} tokens", unit="text", disable=not progress, leave=False) as bar:
+            for depth in scale.depths:
+                shares = []
+                for _ in range(scale.texts):
+                    (place,), numbers = texts.drawn(1, CHOICES)
+                    text = texts.text(length, [(place, numbers[0])], [depth])
+                    shares.append(_told(reader, texts, text, place, numbers[0], numbers))
+                    read += length
+                    bar.update()
+                needle[depth] = _mean(shares)
             shares = []
             for _ in range(scale.texts):
-                (place,), numbers = texts.drawn(1, CHOICES)
-                text = texts.text(length, [(place, numbers[0])], [depth])
-                shares.append(_told(reader, texts, text, place, numbers[0], numbers))
+                places, numbers = texts.drawn(scale.pairs, scale.pairs)
+                depths = texts.random.random(scale.pairs).tolist()
+                text = texts.text(length, list(zip(places, numbers, strict=True)), depths)
+                shares += _all_told(reader, texts, text, places, numbers)
                 read += length
-            needle[depth] = _mean(shares)
-        shares = []
-        for _ in range(scale.texts):
-            places, numbers = texts.drawn(scale.pairs, scale.pairs)
-            depths = texts.random.random(scale.pairs).tolist()
-            text = texts.text(length, list(zip(places, numbers, strict=True)), depths)
-            shares += _all_told(reader, texts, text, places, numbers)
-            read += length
+                bar.update()
         seconds = time.perf_counter() - start
         yield Found(length, needle, _mean(shares), read / seconds, _state_bytes(reader, length))
 

@@ -156,7 +156,10 @@ class Finder:
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_hidden_numbers_are_where_they_are_said_to_be(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     reader = Reader(request.getfixturevalue({"bytes": "byte_model"}.get(kind, kind)), "cpu")
     texts = Texts(reader, SHAKESPEARE, seed=3, most=5000)
@@ -168,7 +171,9 @@ def test_hidden_numbers_are_where_they_are_said_to_be(
         assert len(before) / len(before + after) == pytest.approx(depth, abs=0.1)
     for finds in (True, False):
         monkeypatch.setattr(reader, "scorer", Finder(reader, finds))
-        (found,) = recall(reader, texts, SCALES["tiny"], [500])
+        (found,) = recall(reader, texts, SCALES["tiny"], [500], progress=finds)
+        told = capsys.readouterr().err
+        assert ("500 tokens" in told, "0/3" in told) == (finds, finds)
         shares = (1.0, 1.0) if finds else (0.0, 0.0)
         assert found.recall == found.needles == shares
         assert found.needle.keys() == {0.0, 1.0}
