@@ -40,6 +40,7 @@ class Parts:
         self._given = torch.zeros(2 * count + 2 + self.tokens, dtype=torch.int64, device=self._device)
         self._states = layout.room(count + 1)
         self._layers = layout.layers(self._states)
+        self._made = [group.contiguous() for group in layout.room(count + 1)]  # by whichever size is read
         self._calls: dict[int, Replay] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
@@ -86,7 +87,7 @@ class Parts:
         count = self.sequences
         bounds, last = self._given[: count + 2].int(), self._given[count + 2 : 2 * count + 2]
         hidden, state = self._through(self._given[2 * count + 2 :][:size], bounds, self._layers)
-        return hidden[0, last][:, None], *self._layout.grouped(state)
+        return hidden[0, last][:, None], *self._layout.grouped(state, self._made)
 
     def _as_they_are(self, parts: Sequence[np.ndarray], states: Sequence[Groups | None]) -> tuple[list[Groups], Tensor]:
         ends = np.cumsum([len(part) for part in parts])
