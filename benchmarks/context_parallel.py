@@ -12,11 +12,11 @@ else. First that the numbers are those of one GPU, then the time and memory of t
 against one GPU with the whole sequence. Efficiency is the time on one GPU / (ranks x the time on all).
 A step is forward, backward and the sum of the gradients over the ranks. States are relayed (a rank is one layer behind
 the one before it, which bounds the efficiency of L layers on N ranks by L / (L + N - 1)) or gathered (all ranks run a
-layer at once). "scan x 24" is as many scans, each of the output of the last. "block" is what a layer adds to a stack:
-the time of 24 minus that of 12, over 12. "a chunk, apart" is where a chunk's time goes (see `apart`). "alone" is one
-GPU as a rank of several that hears its own messages: what gathering computes, without what ranks wait for. "fit" is
-`mambaseq fit`, steps captured where it captures them: data parallel, sharded, and data parallel over pairs of GPUs that
-share sequences.
+layer at once). "ddp x context parallel" is a step in which each pair of ranks has a sequence of its own. "scan x 24" is
+as many scans, each of the output of the last. "block" is what a layer adds to a stack: the time of 24 minus that of 12,
+over 12. "a chunk, apart" is where a chunk's time goes (see `apart`). "alone" is one GPU as a rank of several that hears
+its own messages: what gathering computes, without what ranks wait for. "fit" is `mambaseq fit`, steps captured where it
+captures them: data parallel, sharded, and data parallel over pairs of GPUs that share sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_layers import alone, apart, both_ways, layers_of, steps_of
+from parallel_layers import alone, apart, both_ways, groups_of, layers_of, steps_of
 from parallel_measures import Measure, ThroughCpu, check
 from parallel_report import keep, picture, rows_of, tables
 from parallel_training import WAYS, fitted, trained
@@ -42,8 +42,8 @@ from mambaseq.atomic import json_text
 from mambaseq.parallel import Context
 
 LAYERS = 24
-PARTS = ("step", "chunks", "apart", "layers", "fsdp2", "large", "ddp", "longest", "ways", "alone", "fit")
-IN_CHUNKS = {"chunks", "apart", "longest"}
+PARTS = ("step", "chunks", "grouped", "apart", "layers", "fsdp2", "large", "ddp", "longest", "ways", "alone", "fit")
+IN_CHUNKS = {"chunks", "grouped", "apart", "longest"}
 
 
 def launch(options: argparse.Namespace, folder: Path) -> int:
@@ -98,9 +98,12 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
             "9 B": (size | {"d_model": 4096, "n_layers": 86}, 2, 2048),
         }
     several = measure.context.size > 1
+    # groups have communicators of their own, which ranks that are all on one GPU cannot have
+    grouped = measure.context.size > 2 and measure.context.size % 2 == 0 and type(measure.context) is Context
     found: dict[str, tuple[bool, Callable[[], None]]] = {
         "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
         "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=1)),
+        "grouped": (grouped, lambda: groups_of(measure, (long, longest), size, chunk_length, 2)),
         "apart": (several, lambda: apart(measure, long // 2, size, chunk_length)),
         "layers": (several, lambda: layers_of(measure, length, width, size["n_layers"])),
         "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),

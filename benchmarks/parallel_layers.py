@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from parallel_measures import FORMS, Echo, Measure, Waits, check_one, data, dtype_of, model_of, quiet, step_of
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from mambaseq.backbones.base import ContextStates
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.domain import catalog
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.models import SequenceModel, build_model
-from mambaseq.parallel import Part
+from mambaseq.parallel import Context, Part
 from mambaseq.parallel.recurrences import selective_scan
 
 
@@ -139,6 +140,31 @@ def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: 
         warm_up=1 if chunk_length is None else 0,
         also=losses,
     )
+
+
+def groups_of(measure: Measure, lengths: Sequence[int], size: dict[str, int], chunk_length: int, shared: int) -> None:
+    """Whole steps in chunks where each `shared` ranks have a sequence of their own: data parallel and context parallel.
+    All groups have the same one, so that the loss is that of one GPU, which each rank finds by itself."""
+    device, everyone = measure.device, measure.context
+    groups = everyone.size // shared
+    mesh = init_device_mesh(device.type, (groups, shared), mesh_dim_names=("data", "context"))
+    context = Context(mesh["context"])
+    model = model_of(device, size, chunk_length=chunk_length)
+    for length in (2 * chunk_length, *lengths):  # kernels are compiled by the first
+        tokens, labels = data(length, size["vocab_size"], device)
+        part, losses = context.split(length, 1, chunk_length=chunk_length // shared), dict[str, float]()
+        steps = {"one": step_of(model, tokens, labels, None), "relayed": step_of(model, tokens, labels, part, everyone)}
+
+        def noted(key: str, steps: Any = steps, losses: Any = losses) -> None:
+            losses[f"{key}_loss"] = float(steps[key]())
+
+        one, split = functools.partial(noted, "one"), functools.partial(noted, "relayed")
+        if length == 2 * chunk_length:
+            one()
+            split()
+            continue
+        name = f"step, ddp x context parallel {shared}, chunk_length {chunk_length}"
+        measure.compare(name, length, one, {"relayed": split}, repeats=1, warm_up=0, sequences=groups, also=losses)
 
 
 def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int) -> None:

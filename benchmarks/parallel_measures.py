@@ -163,10 +163,11 @@ class Measure:
         repeats: int = 3,
         warm_up: int = 1,
         ranks: int = 0,
+        sequences: int = 1,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        """A row: the whole sequence on one GPU (each rank does so by itself), and split over all in some ways. also:
-        what the functions find."""
+        """A row: the whole sequence on one GPU (each rank does so by itself), and split over all in some ways.
+        sequences: how many the ranks work on at a time. also: what the functions find."""
         ranks = ranks or self.context.size
         row: dict[str, Any] = {"name": name, "length": length, "ranks": ranks}
         for key, function in {"one": one, **split}.items():
@@ -174,7 +175,7 @@ class Measure:
             found = self.timed(function, repeats, warm_up)
             row[f"{key}_s"], row[f"{key}_gib"] = found or (None, None)
             if found and key != "one" and row["one_s"]:
-                row[f"{key}_efficiency"] = row["one_s"] / (ranks * row[f"{key}_s"])
+                row[f"{key}_efficiency"] = sequences * row["one_s"] / (ranks * row[f"{key}_s"])
                 row[f"{key}_memory"] = row[f"{key}_gib"] / row["one_gib"] if row["one_gib"] else None
         self.keep(row | dict(also or {}))
 
@@ -196,8 +197,11 @@ class Measure:
             keep(self.out, row, gpu=gpu, torch=torch.__version__)
 
 
-def step_of(model: SequenceModel, tokens: Tensor, labels: Tensor, part: Part | None) -> Callable[[], Tensor]:
-    """Forward and backward of a step, and the sum of gradients over the ranks; gives the loss."""
+def step_of(
+    model: SequenceModel, tokens: Tensor, labels: Tensor, part: Part | None, everyone: Context | None = None
+) -> Callable[[], Tensor]:
+    """Forward and backward of a step, and the sum of gradients over the ranks; gives the loss. everyone: these, where
+    more than the part's have sequences."""
 
     def step() -> Tensor:
         model.zero_grad()
@@ -210,7 +214,8 @@ def step_of(model: SequenceModel, tokens: Tensor, labels: Tensor, part: Part | N
             with part, torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 loss = model(part.take(tokens), part.take(labels)).loss
             loss.backward()
-            part.context.sum_gradients(model.parameters())
+            part.context.finish()
+            (everyone or part.context).sum_gradients(model.parameters())
         return loss.detach()
 
     return step
