@@ -29,8 +29,9 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     second = [step(2, 5.0), step(4, 2.5), run("fit, ddp x context parallel", 4, 300.0)]
     second += [{"name": "a chunk, apart", "length": 64, "ranks": 4, "chunk_ms": 9.0, "waits_ms": [1.0, 2.25]}]
     second += [{"name": "fit, fsdp2", "length": 2048, "ranks": 2, "failed": "it ended"}]
+    second += [{**step(4, 4.0), "name": "step, ddp x context parallel 2, chunk_length 65536", "length": 2**20}]
     rows = parallel_report.merged(first, second)
-    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 4, 8]
+    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 4, 4, 8]
     failed = {"name": "fit, ddp", "length": 2048, "ranks": 2, "failed": "not done"}
     assert parallel_report.merged(rows, [failed]) == rows  # what was measured stays
     told = parallel_report.tables(json.loads(json.dumps(rows)))
@@ -45,7 +46,8 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
         parallel_report.picture(rows, path)
     drawn = pictures[0].read_text(encoding="utf-8")
     assert drawn == pictures[1].read_text(encoding="utf-8")
-    for words in ("step, 131,072 positions, relayed", "fit, ddp x context parallel", "GPUs of one host"):
+    pairs = "step, ddp x context parallel 2, 1,048,576 positions, relayed"
+    for words in ("step, 131,072 positions, relayed", pairs, "fit, ddp x context parallel", "GPUs of one host"):
         assert words in drawn
     parallel_report.picture([], tmp_path / "empty.png")
     assert "torch" not in vars(parallel_report)
