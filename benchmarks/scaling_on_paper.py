@@ -4,9 +4,9 @@ Mamba-1 of 130 M, 1.4 B and 7 B parameters at sequences of 2^17 and 2^20 tokens,
     python benchmarks/scaling_on_paper.py                 # the table of docs/several_devices.md
     python benchmarks/scaling_on_paper.py --network 25 --mfu 0.3 --json scaling.json
 
-Constants are measured where that is said, on one GPU, and assumed otherwise; each is an option. None of it has run on
-several GPUs. Efficiency is the time of one GPU without messages over the time of each of N, for N times the work (data
-parallel: a sequence a GPU) or the N-th part of it (context, tensor: one sequence for all).
+Constants are measured where that is said, on one or two GPUs, and assumed otherwise; each is an option. None of it has
+run on several GPUs. Efficiency is the time of one GPU without messages over the time of each of N, for N times the work
+(data parallel: a sequence a GPU) or the N-th part of it (context, tensor: one sequence for all).
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ class Machine:
     nvlink, network: a direction of one GPU, within a host of `host` GPUs and between hosts; of data sheets.
     near, far: until a message arrives, within a host and between hosts; assumed.
     backward: its share of a step, beside which gradients are summed; assumed.
-    summary: what gathering states costs beside a layer (counted, see docs/several_devices.md); hidden: the share of a
-        layer beside which the gathered states travel; assumed.
+    summary: what gathering states takes of a layer, forward and backward, whatever its length; measured for 130 M on
+        two GPUs of a host (see docs/several_devices.md), assumed for wider ones; hidden: the share of a layer beside
+        which the gathered states travel; assumed.
     """
 
     peak: float = 989e12
@@ -81,7 +82,7 @@ class Machine:
     near: float = 10e-6
     far: float = 25e-6
     backward: float = 2 / 3
-    summary: float = 1 / 16
+    summary: float = 2.4e-3
     hidden: float = 1 / 3
 
     def seconds_a_token(self, model: Model) -> float:
@@ -157,7 +158,7 @@ def gathered(machine: Machine, model: Model, tokens: int, n: int) -> Cost:
     alone = tokens / n * machine.seconds_a_token(model)
     size = state_bytes(model) + 4 * 2 * model.width * STATE
     left = max(0.0, machine.gather_seconds(n, size) - machine.hidden * alone / (2 * model.layers))
-    seconds = alone * (1 + machine.summary) + 2 * model.layers * left
+    seconds = alone + model.layers * machine.summary + 2 * model.layers * left
     sent = 2 * model.layers * size * (n - 1) + _gradient_bytes(model, n)
     return Cost(sent / (tokens / n), seconds + machine.unhidden_sum(model, n, alone), alone)
 
