@@ -56,7 +56,7 @@ def run(context: Context) -> list[Table]:
     steps = context.at(full=5_000, small=400, tiny=2)
     batch_size = context.at(full=128, small=32, tiny=2)
     lr = context.at(full=2e-3, small=4e-3, tiny=4e-3)
-    layers, d_model = context.at(full=(2, 128), small=(1, 32), tiny=(1, 8))
+    layers, d_model = context.at(full=(2, 128), small=(1, 64), tiny=(1, 8))
 
     def trial(name: str, task: Task, seed: int, checkpoint: Path) -> dict[str, float]:
         torch.manual_seed(seed)
