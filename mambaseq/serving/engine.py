@@ -483,7 +483,9 @@ class Engine:
         for slot in range(len(self._active) - 1, -1, -1):
             answer = self._active[slot]
             if answer.ticket.finished is not None:
-                if answer.ticket.finished == "stop" and answer.read > len(answer.ticket.request.prompt):
+                # where the first token ends it, the state may have read one behind it
+                known = 0 < answer.read - answer.prompt <= len(answer.ticket.tokens)
+                if answer.ticket.finished == "stop" and known:
                     self._keep(answer.ticket, answer.read, self.slots.state_of(slot))
                 self._leave(slot)
 

@@ -41,6 +41,7 @@ class Parts:
         self._states = layout.room(count + 1)
         self._layers = layout.layers(self._states)
         self._made = [group.contiguous() for group in layout.room(count + 1)]  # by whichever size is read
+        self._others = 0  # states of the last call
         self._calls: dict[int, Replay] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
@@ -58,7 +59,10 @@ class Parts:
         given[count + 2 :][: len(parts)] = ends - 1
         given[2 * count + 2 :][: ends[-1]] = np.concatenate(parts)
         self._given[: len(given)].copy_(torch.from_numpy(given), non_blocking=True)
-        copy_rows_(self._states, 0, [self._layout.empty if state is None else state for state in states])
+        # what is left of the last call may be no numbers, which some mixers take from one sequence of a row to others
+        rest = [None] * (self._others - len(parts))
+        copy_rows_(self._states, 0, [self._layout.empty if state is None else state for state in (*states, *rest)])
+        self._others = len(parts)
         hidden, *made = self._call(size)()
         return [_owned(made, row) for row in range(len(parts))], hidden[: len(parts)].clone()
 
