@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mambaseq.ops import delta_rule
 from mambaseq.ops.delta_rule import DeltaArguments, gpu
-from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
+from mambaseq.ops.dispatch import explain, leaves, outputs_and_gradients, relative_rms_error
 
 ROOT = Path(__file__).parents[2]
 TRITON = next(backend for backend in OP.backends if backend.name == "triton")
@@ -164,6 +164,11 @@ def test_kernels_round_queries_and_keys_to_the_dtype_of_values() -> None:
     rounded = TRITON.run(as_dtype(made, torch.bfloat16))
     assert torch.equal(y, rounded[0])
     assert torch.equal(final, rounded[1])
+
+
+def test_kernels_are_taken_where_they_can_run() -> None:
+    made = moved(as_dtype(drawn("taken", 1, 5), torch.bfloat16), PLACE)
+    assert explain(OP, made)[0] == ("triton", None)
 
 
 @pytest.mark.parametrize(

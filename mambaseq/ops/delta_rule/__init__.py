@@ -16,9 +16,9 @@ __all__ = ["OP", "DeltaArguments", "delta_rule", "delta_rule_update_"]
 OP = dispatch.Op(
     name="delta_rule",
     backends=(
+        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("torch", chunked.run, dispatch.never),
         # behind one that always runs: by name only
-        dispatch.Backend("triton", gpu.run, gpu.why_not),
         dispatch.Backend("fla", fla.run, fla.why_not),
         dispatch.Backend("reference", reference.run, dispatch.never),
     ),
