@@ -5,8 +5,8 @@ Mamba-1 of 130 M, 1.4 B and 7 B parameters at sequences of 2^17 and 2^20 tokens,
     python benchmarks/scaling_on_paper.py --network 25 --mfu 0.3 --json scaling.json
 
 Constants are measured where that is said, on one or two GPUs, and assumed otherwise; each is an option. None of it has
-run on several GPUs. Efficiency is the time of one GPU without messages over the time of each of N, for N times the work
-(data parallel: a sequence a GPU) or the N-th part of it (context, tensor: one sequence for all).
+run on more than two GPUs. Efficiency is the time of one GPU without messages over the time of each of N, for N times
+the work (data parallel: a sequence a GPU) or the N-th part of it (context, tensor: one sequence for all).
 """
 
 from __future__ import annotations

@@ -303,11 +303,12 @@ def _is_last(trainer: lightning.Trainer) -> bool:
 
 
 class Throughput(lightning.Callback):
-    """Counts tokens, and logs every `log_every_n_steps` steps: `train/tokens_per_second` over the whole run (training
-    only, without validation, saving and a process's first batch, which compiles kernels), `train/lr` of the first
-    parameter group, `train/grad_norm` before clipping, `train/memory_gib` (the most held so far, of the GPU or else of
-    this process), and, on a GPU with a known peak, `train/mfu`: the share of the peak that products with the weights
-    use, at 6 floating point operations a token and parameter without embeddings.
+    """Counts tokens, and logs every `log_every_n_steps` steps: `train/tokens_per_second` over the whole run (from the
+    end of a batch to that of the next, waiting for data and other processes included, without validation, saving and a
+    process's first batch, which compiles kernels), `train/lr` of the first parameter group, `train/grad_norm` before
+    clipping, `train/memory_gib` (the most held so far, of the GPU or else of this process), and, on a GPU with a known
+    peak, `train/mfu`: the share of the peak that products with the weights use, at 6 floating point operations a token
+    and parameter without embeddings.
 
     tokens, seconds: all of the run. rate: tokens a second.
     """
@@ -318,6 +319,7 @@ class Throughput(lightning.Callback):
         self._first_tokens = 0
         self._first_seconds = 0.0
         self._started = 0.0
+        self._since: float | None = None  # the end of a batch, until something else than training begins
         self._is_first = True
         self._flops: float | None = None  # of a token, over the peak of all devices a second
 
@@ -337,13 +339,30 @@ class Throughput(lightning.Callback):
         self._first_tokens, self._first_seconds = int(state_dict["first_tokens"]), float(state_dict["first_seconds"])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._is_first = True
+        self._is_first, self._since = True, None
         self._flops = _share_of_peak(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() if self._since is None else self._since
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._pause(pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._pause(pl_module)
+
+    def _pause(self, pl_module: lightning.LightningModule) -> None:
+        """Count what a GPU has still to do of the last batches; what comes until the next is no training."""
+        if self._since is None:
+            return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.seconds += time.perf_counter() - self._since
+        self._since = None
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -357,7 +376,8 @@ class Throughput(lightning.Callback):
         on_gpu = pl_module.device.type == "cuda"
         if on_gpu and (batch_idx % 10 == 0 or self._is_first):
             torch.cuda.synchronize(pl_module.device)
-        seconds = time.perf_counter() - self._started
+        self._since = time.perf_counter()
+        seconds = self._since - self._started
         batches = trainer.world_size // getattr(trainer.datamodule, "sharing", 1)  # type: ignore[attr-defined]
         tokens = batch.inputs.shape[0] * batch.inputs.shape[1] * batches
         self.seconds += seconds

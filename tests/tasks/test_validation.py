@@ -153,3 +153,28 @@ def test_the_first_batch_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch
             found.on_train_batch_end(trainer, module, None, batch, number)
     assert (found.tokens, found.seconds) == (500, 116)
     assert found.rate == logged["train/tokens_per_second"] == 300 / 6
+
+
+def test_what_comes_between_batches_is_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for data, for other processes, and for a GPU that was only asked: but not validating and saving."""
+    module: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), log=lambda *_: None)
+    trainer: Any = SimpleNamespace(
+        world_size=1, datamodule=None, _logger_connector=SimpleNamespace(should_update_logs=True)
+    )
+    batch = SimpleNamespace(inputs=torch.zeros(2, 50))
+    clock = [0.0]
+    monkeypatch.setattr("mambaseq.tasks.callbacks.time.perf_counter", lambda: clock[0])
+    found = Throughput()
+    found.on_train_start(trainer, module)
+    for number in range(4):
+        found.on_train_batch_start(trainer, module, batch, number)
+        clock[0] += 1
+        found.on_train_batch_end(trainer, module, None, batch, number)
+        clock[0] += 2  # until the next batch
+        if number == 1:
+            found.on_save_checkpoint(trainer, module, {})
+            clock[0] += 100
+        if number == 2:
+            found.on_validation_start(trainer, module)
+            clock[0] += 100
+    assert found.rate == 300 / (3 * 3)  # the first batch of four is left out, and so is what follows the last
