@@ -127,7 +127,7 @@ class Picker:
             needs = self._needed(told, 0, end).rounded(told.shape[-1])
             if needs.drawn:
                 self._draw(0, end)
-            return self._call(told, needs)()[0]
+            return self._again(told, needs)
         return self._picked(told[: end - first], first, end)
 
     def warm_up(self, told: Tensor) -> str | None:
@@ -135,11 +135,10 @@ class Picker:
         Returns why it is not captured on a GPU, if so."""
         why_not = None
         for needs in kinds(told.shape[-1]) if _draws_plainly(self._model.head) else ():
-            self._all(told.clone(), needs)  # as of those that join
-            for _ in range(2 if self._fixed else 0):  # the first runs, the second is captured
-                self._call(told, needs)()
+            for _ in range(3 if self._fixed else 1):  # the second is watched, the third captured
+                self._again(told, needs)
             if self._fixed and told.is_cuda:
-                why_not = self._call(told, needs).why_not or why_not
+                why_not = self._calls[len(told), needs][1].why_not or why_not
         return why_not
 
     def _change(self) -> None:
@@ -151,12 +150,14 @@ class Picker:
             self._needs[first] = Needs.of(self._values[:, first:end], told.shape[-1])
         return self._needs[first]
 
-    def _call(self, told: Tensor, needs: Needs) -> Replay:
-        """told: where it will be each time."""
+    def _again(self, told: Tensor, needs: Needs) -> Tensor:
+        """`_all`, by a graph if `told` is where it was the last time: what no graph tells is somewhere else each time,
+        and watching each pick would cost more than it."""
         key = len(told), needs
-        if key not in self._calls or self._calls[key][0] is not told:
-            self._calls[key] = told, Replay(lambda: (self._all(told, needs),), self._device, self._pool)
-        return self._calls[key][1]
+        if key in self._calls and self._calls[key][0] is told:
+            return self._calls[key][1]()[0]
+        self._calls[key] = told, Replay(lambda: (self._all(told, needs),), self._device, self._pool)
+        return self._all(told, needs)
 
     def _all(self, told: Tensor, needs: Needs) -> Tensor:
         """Of the first slots, as many as `told` has, where no penalties are."""

@@ -1,5 +1,5 @@
-"""States of one request do not come to another: what is kept is behind the tokens that lead to it, and what is left of
-one row of prompts is not in the next."""
+"""What is not told by answers: states that are kept are behind the tokens that lead to them, what is left of one row of
+prompts is not in the next, and picks are captured where a graph tells what they are of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from serving.test_engine import expected, made, prompt_of, run
 
+from mambaseq.ops.gpu.capture import Replay
 from mambaseq.serving import Engine, PrefixCache, Request
 from mambaseq.serving.parts import Parts
 from mambaseq.serving.slots import Slots
@@ -44,3 +45,22 @@ def test_a_row_is_read_alike_whatever_the_one_before_has_left(mixer: str) -> Non
     assert torch.equal(told, hidden)
     for found, wanted in zip(again[0], clean[0], strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_picks_of_what_no_graph_tells_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is somewhere else at each step, so no graph of a pick would be replayed."""
+    model, seen = made(), list[Replay]()
+
+    class Watched(Replay):
+        def __call__(self) -> tuple[torch.Tensor, ...]:
+            seen.append(self)
+            return super().__call__()
+
+    monkeypatch.setattr("mambaseq.serving.picking.Replay", Watched)
+    engine = Engine(model, slots=2, fixed=True)
+    tickets = [engine.ask(Request(prompt_of(5, seed), 9, seed=seed)) for seed in range(2)]
+    run(engine)
+    assert [ticket.tokens for ticket in tickets] == [expected(model, ticket.request) for ticket in tickets]
+    assert not seen
+    engine._picker.warm_up(torch.zeros(2, 31))  # as where a graph tells
+    assert len({*seen}) == len(seen) / 2 == 4
