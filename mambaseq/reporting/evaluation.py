@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mambaseq.errors import cut_list
 from mambaseq.reporting.charts import LARGEST, Bar, Curve, bars, lines, shortened, square
 from mambaseq.reporting.sections import drawing, side_by_side, table
 from mambaseq.reporting.tracks import Band, tracks
@@ -118,7 +119,10 @@ def remarks(results: Mapping[str, Any], stage: str) -> list[str]:
         except _ODD:
             continue
         if flat:
-            told.append(f"{place}: no draw gives another {' or '.join(flat)}; that is not how sure the figure is.")
+            told.append(
+                f"{place}: {cut_list(flat)} came out the same in every draw of the set, so the interval has no width; "
+                "that does not make the figure certain."
+            )
     return told
 
 

@@ -84,7 +84,8 @@ def row_of(groups: Groups, row: int) -> Groups:
 def copy_rows_(groups: Groups, first: int, states: Sequence[Groups]) -> None:
     """Copy states of one sequence each over those of the sequences from `first` on."""
     mine = [group[:, first + number] for number in range(len(states)) for group in groups]
-    torch._foreach_copy_(mine, [tensor[:, 0] for state in states for tensor in state])
+    if mine:  # models that remember nothing have no tensors
+        torch._foreach_copy_(mine, [tensor[:, 0] for state in states for tensor in state])
 
 
 def joined(states: Sequence[Groups]) -> Groups:

@@ -219,7 +219,9 @@ def test_what_looks_certain_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert line in told(results)
     assert run.results["test/one_answer"] in run.folder.report.read_text().replace("&#x27;", "'")
     results.pop("test/one_answer")
-    assert "test: no draw gives another mcc; that is not how sure the figure is." in told(results)
+    assert "test: mcc came out the same in every draw of the set, so the interval has no width; that does" in told(
+        results
+    )
     monkeypatch.setattr(Answers, "alike", lambda self: False)
     assert "test/one_answer" not in run.evaluate(progress=False)
     assert "test/one_answer" not in run.results

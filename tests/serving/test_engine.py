@@ -70,6 +70,7 @@ def expected(model: SequenceModel, request: Request) -> list[int]:
         ("mamba2", None, True, 7, True),
         ("gated_delta", None, False, 64, True),
         ("s4d", UNET, True, 64, True),
+        ("mlp", None, True, 64, True),
     ],
 )
 def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(
