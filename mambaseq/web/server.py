@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mambaseq.checkpoints import load_model
 from mambaseq.errors import ConfigError, paragraph
@@ -16,9 +19,15 @@ from mambaseq.runs.devices import choose_device, memory_told
 from mambaseq.serving import Engine, PrefixCache
 from mambaseq.web.service import Service, check_serves
 
+if TYPE_CHECKING:
+    import uvicorn
+
 # Seconds after which a thread lets others run: the engine takes the interpreter back after each of its many short calls
 # of PyTorch, and waits so long where the event loop is busy. Python's are 0.005.
 _SWITCH = 0.0002
+
+# Seconds that answers which did not end in time have for telling so to those who wait for them.
+_TELLING = 5
 
 
 def serve(
@@ -40,7 +49,8 @@ def serve(
     dtype: str | None = None,
     warm_up: bool = True,
 ) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds.
+    """Answer requests until SIGTERM or Ctrl-C; then answer what was asked already, for at most `drain` seconds or until
+    the next Ctrl-C; what has not ended by then ends with an error.
 
     slots, queue, longest, part: see `mambaseq.serving.Engine`. cache_every, cache_mb: tokens between two kept states of
     prompts, and MiB of all of them; see `mambaseq.serving.PrefixCache`. name: of the model in requests. api_key: None
@@ -70,6 +80,7 @@ def serve(
             "ASCII, line ends, or spaces around it. Give an --api-key (or MAMBASEQ_API_KEY) of ASCII letters, digits "
             "and signs."
         )
+    _check_address(host, port)
     cache = PrefixCache(cache_every, cache_mb * 2**20) if cache_mb else None
     with memory_told("--slots"):
         loaded = load_model(checkpoint, choose_device(device), dtype)
@@ -85,17 +96,71 @@ def serve(
     sys.setswitchinterval(_SWITCH)
     settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
     app = make_app(service, key, drain, *names(host, allow_host, key is not None))
-    config = uvicorn.Config(app, host, port, lifespan="on", timeout_graceful_shutdown=drain, **settings)
+    config = uvicorn.Config(app, host, port, lifespan="on", timeout_graceful_shutdown=drain + _TELLING, **settings)
     # uvicorn raises the signal again when it has ended, which is for us to have done
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run()
+        _server(config, service, drain).run()
     except SystemExit as error:
-        raise ConfigError(
-            f"{host}:{port} cannot be listened at. Stop what uses it, or give another --port or --host."
-        ) from error
+        raise _taken(host, port) from error
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _server(config: uvicorn.Config, service: Service, drain: float) -> uvicorn.Server:
+    """A server that ends what still runs after `drain` seconds, or at a second Ctrl-C, by an error that clients read:
+    uvicorn cancels the tasks that send, and logs each as a fault of the application."""
+    import uvicorn
+
+    class Ending(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            hurry = asyncio.create_task(self._hurry())
+            await super().shutdown(sockets)
+            if self.force_exit:  # uvicorn has waited for nothing, and lets the lifespan be cancelled with a traceback
+                await hurry
+                if self.server_state.tasks:
+                    await asyncio.wait([*self.server_state.tasks], timeout=_TELLING)
+                await self.lifespan.shutdown()
+            hurry.cancel()
+
+        async def _hurry(self) -> None:
+            now = asyncio.get_running_loop().time
+            end = now() + drain
+            while now() < end and not self.force_exit:
+                await asyncio.sleep(0.05)
+            await asyncio.to_thread(service.worker.close)
+
+    return Ending(config)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise ConfigError where the address cannot be listened at: loading and preparing a model take long."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise _taken(host, port, error) from error
+    errors: list[OSError] = []
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                trial.bind(address)
+        except OSError as error:
+            errors.append(error)
+    # a name may have an address of a kind that this machine lacks, beside one that it has
+    if wrong := [error for error in errors if error.errno in (errno.EADDRINUSE, errno.EACCES)] or (
+        errors if len(errors) == len(found) else []
+    ):
+        raise _taken(host, port, wrong[0]) from wrong[0]
+
+
+def _taken(host: str, port: int, error: OSError | None = None) -> ConfigError:
+    why = f" ({error.strerror})" if error is not None and error.strerror else ""
+    return ConfigError(
+        f"{host}:{port} cannot be listened at{why}. Stop what uses it, or give another --port or --host."
+    )
 
 
 def check_web() -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,57 @@ def test_sigterm_answers_what_was_asked_and_ends(run: Path, monkeypatch: pytest.
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("signals", "drain"), [([signal.SIGTERM], 0), ([signal.SIGINT] * 2, 600)])
+def test_what_has_not_ended_in_time_is_told_so_and_no_traceback_is_logged(
+    run: Path, signals: list[int], drain: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAMBASEQ_API_KEY", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers: list[tuple[int, str]] = []
+
+    def ask(stream: bool) -> None:
+        body = {"prompt": "a", "max_tokens": 500_000, "stream": stream}
+        answer = send(port, "/v1/completions", body)
+        answers.append((answer.status, answer.read().decode()))
+
+    def client() -> None:
+        def active() -> int:
+            try:
+                return int(json.loads(send(port, "/health").read())["active"])
+            except OSError:
+                return -1
+
+        try:
+            until(lambda: active() == 0)
+            for one in asking:
+                one.start()
+            until(lambda: active() == 2)
+        finally:
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.5)
+
+    asking = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+    thread = threading.Thread(target=client)
+    thread.start()
+    begin = time.monotonic()
+    options = ("--port", str(port), "--drain", str(drain), "--longest", "600000")
+    assert main(["serve", "--checkpoint", str(run), *options]) == (0 if drain == 0 else 130)
+    assert time.monotonic() - begin < 30
+    for one in [thread, *asking]:
+        one.join(30)
+    (whole, error), (stream, events) = sorted(answers, reverse=True)
+    told = "The server ended before the answer did"
+    assert (whole, stream) == (503, 200)
+    assert told in error
+    assert told in events.rstrip().split("\n\n")[-1]
+    logged = capsys.readouterr().err
+    assert "Shutting down" in logged
+    assert "Traceback" not in logged
+
+
 @pytest.mark.parametrize(("options", "dtype"), [((), torch.float32), (("--dtype", "bf16"), torch.bfloat16)])
 def test_weights_in_16_bits_are_asked_for(
     run: Path, options: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -324,7 +376,7 @@ def test_weights_in_16_bits_are_asked_for(
         raise ConfigError("That will do.")
 
     monkeypatch.setattr("mambaseq.web.server.Engine", engine)
-    assert main(["serve", "--checkpoint", str(run), *options]) == 2
+    assert main(["serve", "--checkpoint", str(run), "--port", "0", *options]) == 2
     assert found
     assert {*found} == {dtype}
 
@@ -345,7 +397,10 @@ def test_what_is_missing_or_wrong_is_told(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert "cannot be listened at" in told("--port", port)
+        error = told("--port", port)
+        assert "cannot be listened at (Address already in use). Stop what uses it" in error
+        assert "prepared" not in error  # told before a model is loaded, which may take minutes
+        assert "cannot be listened at (" in told("--host", "no-such-host.invalid")
         for key in ("clé", "sesame\n", " sesame", "se\tsame"):
             error = told("--port", port, "--api-key", key)
             assert "ASCII" in error
@@ -410,6 +465,7 @@ def test_no_foreign_name_leads_to_a_server_without_a_key(
     machine = "Gpu.example"
     monkeypatch.delenv("MAMBASEQ_API_KEY", raising=False)
     monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    monkeypatch.setattr("mambaseq.web.server._check_address", lambda *_: None)  # there is no inner.example
     monkeypatch.setattr(uvicorn.Server, "run", lambda self: apps.append(self.config.app))
     assert main(["serve", "--checkpoint", str(run), *options]) == 0
 
