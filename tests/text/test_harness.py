@@ -225,7 +225,7 @@ def test_a_model_without_a_tokenizer_is_told(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "rows.jsonl").write_text('{"text": "a b"}\n')
     commands = {
         "generate": ["--out", str(tmp_path / "o")],
-        "serve": [],
+        "serve": ["--port", "0"],  # whatever else listens on this machine
         "text/lambada": [str(tmp_path / "rows.jsonl")],
         "text/perplexity": [str(tmp_path / "rows.jsonl")],
         "text/recall": [],
