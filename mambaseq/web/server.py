@@ -92,7 +92,8 @@ def serve(
     if not is_loopback(host) and key is None:
         print(f"mambaseq serve: anyone who reaches {host} may ask; --api-key KEY asks for a key.", file=sys.stderr)
     if warm_up:
-        print(f"mambaseq serve: {engine.warm_up()}", file=sys.stderr, flush=True)
+        with memory_told("--slots or --part"):
+            print(f"mambaseq serve: {engine.warm_up()}", file=sys.stderr, flush=True)
     sys.setswitchinterval(_SWITCH)
     settings: dict[str, Any] = {"log_level": "info", "access_log": False, "server_header": False}
     app = make_app(service, key, drain, *names(host, allow_host, key is not None))

@@ -483,3 +483,13 @@ def test_no_foreign_name_leads_to_a_server_without_a_key(
     for hosts, expected in ((answered, 200), (refused, 403)):
         for host in hosts:
             assert asyncio.run(status(host)) == expected, host
+
+
+def test_too_little_memory_for_what_is_prepared_is_told(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr("mambaseq.serving.Engine.warm_up", refused)
+    assert main(["serve", "--checkpoint", str(run), "--port", "0"]) == 2
+    assert "There is not enough memory: CUDA out of memory" in (told := capsys.readouterr().err)
+    assert "Lower --slots or --part." in told
