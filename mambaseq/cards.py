@@ -25,6 +25,7 @@ class Card(NamedTuple):
 
 
 CARDS = (
+    Card("GH200", 4.0e12, 989e12, 67e12),
     Card("H200 NVL", 4.8e12, 835e12, 60e12),
     Card("H200", 4.8e12, 989e12, 67e12),
     Card("H100 NVL", 3.9e12, 835e12, 60e12),

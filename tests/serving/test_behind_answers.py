@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from serving.test_engine import expected, made, prompt_of, run
+from engines import expected, made, prompt_of, run
 
 from mambaseq.ops.gpu.capture import Replay
 from mambaseq.serving import Engine, PrefixCache, Request
