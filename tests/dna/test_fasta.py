@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
 import threading
 import time
@@ -457,3 +458,13 @@ def test_written_files_read_back(tmp_path: Path, name: str) -> None:
     named, bare = read_fasta(tmp_path / name, TOKENIZER)
     assert (named.name, named.description, bare.name) == ("named", "by hand", "sequence_2")
     assert (named.ids.tolist(), bare.ids.tolist()) == (ids.tolist(), ids[:80].tolist())  # type: ignore[union-attr]
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """It waited for ever: it is looked at, then read."""
+    os.mkfifo(tmp_path / "x.fa")
+    refused = "is a pipe or device, and sequences are read several times"
+    with pytest.raises(DataError, match=refused):
+        list(read_fasta(tmp_path / "x.fa", TOKENIZER))
+    with pytest.raises(DataError, match=refused):
+        fasta_stores([tmp_path / "x.fa"], tmp_path / "cache")

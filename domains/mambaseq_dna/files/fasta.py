@@ -20,7 +20,7 @@ from mambaseq.data.cache import Stopped, Unchanged, fingerprint
 from mambaseq.data.records import Record, Refuse, raised
 from mambaseq.data.store import TokenStore
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, DataError, shown
 from mambaseq.outputs import output_file, writes
 from mambaseq.resources import cores
 from mambaseq_dna.files.parsing import Piece, fasta_pieces, usable
@@ -45,8 +45,19 @@ _N = bytes([N])
 _COMPLEMENT = bytes(complement(np.arange(256, dtype=np.uint8)))
 
 
+def _check_file(path: Path) -> None:
+    """Raise DataError for what cannot be read a second time."""
+    if path.is_fifo() or path.is_char_device() or path.is_socket():
+        raise DataError(
+            f"{path} is a pipe or device, and sequences are read several times. Give a file: packed ones (.fa.gz) are "
+            "read as they are; write what a command prints into one first."
+        )
+
+
 def sequence_pieces(path: Path, table: bytes, refuse: Refuse = raised) -> Iterator[Piece]:
-    """The sequences of a FASTA or 2bit file, told apart by their first bytes: see `fasta_pieces`, `twobit_pieces`."""
+    """The sequences of a FASTA or 2bit file, told apart by their first bytes: see `fasta_pieces`, `twobit_pieces`.
+    Raises DataError for a pipe, too."""
+    _check_file(path)
     return twobit_pieces(path, table) if is_twobit(path) else fasta_pieces(path, table, refuse)
 
 
@@ -172,6 +183,7 @@ def fasta_stores(paths: Sequence[Path], cache: str | Path | None = None) -> list
 
 def _store(path: Path, cache: str | Path | None, stopped: Callable[[], bool]) -> TokenStore:
     """stopped: becomes true when another file cannot be read, or the user interrupts."""
+    _check_file(path)
     tokenizer = BaseTokenizer("keep")
     file = Unchanged([path])
     ended = threading.Event()
