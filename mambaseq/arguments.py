@@ -14,7 +14,11 @@ from mambaseq.errors import ConfigError, cut, cut_list, did_you_mean
 
 
 class Arguments(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that raises ConfigError for what it cannot use, instead of printing and exiting."""
+    """An `argparse.ArgumentParser` that raises ConfigError for what it cannot use, instead of printing and exiting,
+    and takes whole names of options only."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False} | options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like argparse's. Words that are left over are quoted in the error, so that blanks and control characters can

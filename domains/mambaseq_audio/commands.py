@@ -20,7 +20,6 @@ def compare(argv: list[str]) -> int:
         "real recordings beside them; the same conditions and one seed for all.",
         epilog="The page needs no network. One clip plays at a time; keys are listed on it. With the names hidden the "
         "order of each row is drawn by lot, and the page counts which are chosen as the best.",
-        allow_abbrev=False,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or models that were exported")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="the page to write")
@@ -75,7 +74,6 @@ def score(argv: list[str]) -> int:
         epilog="Higher is better for IS and mIS, lower for FID and AM. 'as published' is what SaShiMi's code computes; "
         "its IS sums over the wrong axis and can exceed the number of classes. For the scores of test recordings, name "
         "them as --generated.",
-        allow_abbrev=False,
     )
     clips = "a folder of sound files, or a pattern"
     parser.add_argument(
@@ -137,7 +135,6 @@ def frechet(argv: list[str]) -> int:
         "figure (VGGish, CLAP, EnCodec): nothing is downloaded and no model is run here. Lower is better. Distances by "
         "different models, or of sets of different sizes, do not compare.",
         epilog="By our classifier's features, `mambaseq audio/score` gives the same distance as FID.",
-        allow_abbrev=False,
     )
     what = "a .npy file of floats, (frames, features), or a folder of them"
     parser.add_argument(

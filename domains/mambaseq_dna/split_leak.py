@@ -49,7 +49,7 @@ def _intervals(name: str) -> Path:
 
 def run(argv: list[str]) -> int:
     """The command. Prints a row a length and split."""
-    parser = Arguments("mambaseq dna/split-leak", allow_abbrev=False, description=_ABOUT)
+    parser = Arguments("mambaseq dna/split-leak", description=_ABOUT)
     parser.add_argument("intervals", metavar="CONFIG_OR_BED", help="a BED file with the split in column 4, or a run's")
     parser.add_argument(
         "--lengths", type=_length, nargs="+", default=LENGTHS, help="bases a window (default: 2^10 to 2^20, doubling)"

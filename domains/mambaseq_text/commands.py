@@ -16,7 +16,7 @@ from mambaseq.resources import model_folder
 
 
 def _parser(name: str, description: str, what: str) -> argparse.ArgumentParser:
-    parser = Arguments(prog=f"mambaseq text/{name}", description=description, allow_abbrev=False)
+    parser = Arguments(prog=f"mambaseq text/{name}", description=description)
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument("files", nargs="+", metavar="FILE", help=what)
     parser.add_argument("--field", default="text", help="the field of jsonl and parquet rows that holds the text")
@@ -93,7 +93,6 @@ def recall(argv: list[str]) -> int:
         prog="mambaseq text/recall",
         description="What a model finds again in long texts: a number hidden at some depth, and all of several. Texts "
         "are read in parts with the state passed on.",
-        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of a run, or of an exported model")
     parser.add_argument(

@@ -70,7 +70,6 @@ def _audit(argv: list[str]) -> int:
         "tell classes) in the data of a run. Further options, --key value, override the configuration; `mambaseq data "
         "audit CONFIG --help` lists the keys.",
         add_help=not any(not argument.startswith("-") for argument in argv),
-        allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="a name from `mambaseq list configs`, a YAML file, or a run")
     parser.add_argument(

@@ -22,7 +22,6 @@ def run(argv: list[str], command: str) -> int:
         description="Evaluate a run; --key value overrides its configuration (--data.length 4096), and `mambaseq "
         f"{command} --checkpoint RUN --help` lists the keys.",
         add_help=not any(argument.partition("=")[0] == "--checkpoint" for argument in argv),
-        allow_abbrev=False,
     )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
     parser.add_argument(

@@ -29,7 +29,6 @@ def run(argv: list[str], command: str) -> int:
         description="Train a model. Further options, --key value, override the configuration; `mambaseq fit --config "
         "NAME --help` lists the keys.",
         add_help=not any(argument.partition("=")[0] in ("--config", "--resume") for argument in argv),
-        allow_abbrev=False,
     )
     parser.add_argument("--config", help="a name from `mambaseq list configs`, or a YAML file")
     parser.add_argument("--out", help="folder of the run; runs/NAME when left out")

@@ -20,7 +20,6 @@ _FROM_DATA = ("vocab_size", "complement")  # of encoder and head: a run's data s
 
 def run(argv: list[str]) -> None:
     parser = Arguments(
-        allow_abbrev=False,
         prog="mambaseq dna/import",
         description="Make a published language model of DNA one of ours, with the same outputs: Caduceus-Ph, "
         "Caduceus-PS or HyenaDNA, from a downloaded folder. The result is a model for predict (bits a base, "

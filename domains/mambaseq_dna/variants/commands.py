@@ -65,7 +65,6 @@ def _shared_options(given: argparse.Namespace) -> dict[str, Any]:
 def variants(argv: list[str]) -> int:
     """`mambaseq dna/variants`."""
     parser = Arguments(
-        allow_abbrev=False,
         prog="mambaseq dna/variants",
         description="Score variants with a model: each alternative of a VCF file (or of a table with CHROM, POS, REF "
         "and ALT) against the reference.",
@@ -116,7 +115,6 @@ def _told(without: Mapping[str, int], rows: int) -> str:
 def mutagenesis(argv: list[str]) -> int:
     """`mambaseq dna/mutagenesis`."""
     parser = Arguments(
-        allow_abbrev=False,
         prog="mambaseq dna/mutagenesis",
         description="In-silico mutagenesis: the effect of every substitution in a region, as a table and a picture.",
     )
