@@ -199,7 +199,9 @@ def lines_of(runs: Runs, width: int | None = None, keep: str | None = None) -> l
     gap = " " * _GAP
     lines = [gap.join(cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)).rstrip() for row in cells]
     if left := [name for i, name in enumerate(runs.columns) if i not in shown_of]:
-        lines.append(f"not shown: {cut_list(left, 6)}. Widen the window, or use --all, --csv or --json.")
+        lines.append(
+            f"not shown: {cut_list(left, 6)}. Widen the window (in a pipe, set COLUMNS), or use --all, --csv or --json."
+        )
     return lines
 
 
