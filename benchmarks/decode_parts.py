@@ -337,8 +337,7 @@ def run_reading(model: str) -> None:
             out = run()
         if name.startswith("prefill"):
             error = float((out[1] - plain[1]).norm() / plain[1].norm())
-            # 48 layers in bf16 whose scans sum in another order: 1.5e-2 (tests hold each scan against float64)
-            row |= {"error": error, "wrong": not error < 3e-2}
+            row |= {"error": error, "wrong": not error < 1e-2}
         print(json_text(row | told(run)), flush=True)
         if kernels:
             show_kernels(row, kernels_of(run, 1), kernels)

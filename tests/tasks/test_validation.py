@@ -131,16 +131,21 @@ def test_what_is_logged_of_a_training(config: Path, tmp_path: Path) -> None:
     assert 0.1 < curves["memory_gib"][-1][1] < 100
 
 
-def test_the_first_batch_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in a run that begins nor in one that goes on; the totals have all."""
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any, dict[str, float], list[float]]:
+    """A trainer, a module and a batch of 100 tokens; what is logged; a clock that stands until it is set."""
     logged: dict[str, float] = {}
-    module: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), log=logged.__setitem__)
-    trainer: Any = SimpleNamespace(
-        world_size=1, datamodule=None, _logger_connector=SimpleNamespace(should_update_logs=True)
-    )
-    batch = SimpleNamespace(inputs=torch.zeros(2, 50))
+    module = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), log=logged.__setitem__)
+    connector = SimpleNamespace(should_update_logs=True)
+    trainer = SimpleNamespace(world_size=1, datamodule=None, _logger_connector=connector)
     clock = [0.0]
     monkeypatch.setattr("mambaseq.tasks.callbacks.time.perf_counter", lambda: clock[0])
+    return trainer, module, SimpleNamespace(inputs=torch.zeros(2, 50)), logged, clock
+
+
+def test_the_first_batch_is_no_part_of_the_speed(timed: Any) -> None:
+    """Neither in a run that begins nor in one that goes on; the totals have all."""
+    trainer, module, batch, logged, clock = timed
     found = Throughput()
     for durations in ((60, 1, 3), (50, 2)):
         state = json.loads(json.dumps(found.state_dict()))
@@ -155,15 +160,9 @@ def test_the_first_batch_is_no_part_of_the_speed(monkeypatch: pytest.MonkeyPatch
     assert found.rate == logged["train/tokens_per_second"] == 300 / 6
 
 
-def test_what_comes_between_batches_is_part_of_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_between_batches_is_part_of_the_speed(timed: Any) -> None:
     """Waiting for data, for other processes, and for a GPU that was only asked: but not validating and saving."""
-    module: Any = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(1, 1), log=lambda *_: None)
-    trainer: Any = SimpleNamespace(
-        world_size=1, datamodule=None, _logger_connector=SimpleNamespace(should_update_logs=True)
-    )
-    batch = SimpleNamespace(inputs=torch.zeros(2, 50))
-    clock = [0.0]
-    monkeypatch.setattr("mambaseq.tasks.callbacks.time.perf_counter", lambda: clock[0])
+    trainer, module, batch, _, clock = timed
     found = Throughput()
     found.on_train_start(trainer, module)
     for number in range(4):

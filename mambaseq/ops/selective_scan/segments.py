@@ -71,7 +71,7 @@ def narrow_states(of_two: int, of_four: int, blocks: int, length: int, processor
     Two were measured on an H100, in nanoseconds a step: 17 for each block that a multiprocessor has and 2.5, against 23
     for as many channels in every one of them, the passes over summaries included, and 12 microseconds. With four, a
     block has twice the channels and a multiprocessor room for one, which reads shared memory three quarters as often as
-    two blocks of two would: they are taken where they fill the GPU once.
+    two blocks of two would: they are taken where they fill the GPU once (1 x 2048 x 4096 on an H200: 68 against 76 us).
     """
     if blocks >= processors:  # not cut
         return 0
