@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +42,8 @@ class _Saving:
 
 
 class FullySharded(ModelParallelStrategy):
-    """`trainer.strategy: fsdp2`. Every process has a part of each weight; a layer's are gathered when it is run.
+    """`trainer.strategy: fsdp2`. Every process has a part of each weight; those of neighbouring layers are gathered
+    when they are run.
 
     checkpoints: `parts`, each process writes what it has (see `checkpoints.parts`), or `whole`, the first process
         gathers all and writes one file. Either goes on with another number of processes or with another strategy, and
@@ -230,8 +232,14 @@ def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:
     model.is_sharded = True  # type: ignore[assignment]
 
 
+# parameters whose weights are gathered, and gradients summed, at once. Each time costs the host some 3 ms of a step, in
+# which it could start the kernels of two layers; what is gathered takes 8 bytes a parameter, and the next as much
+_TOGETHER = 2**27
+
+
 def shard_over(model: SequenceModel, mesh: DeviceMesh) -> None:
-    """Shard a model over a mesh of one dimension, layer by layer, unless layers share weights."""
+    """Shard a model over a mesh of one dimension, by layers, as many together as have `_TOGETHER` parameters; as a
+    whole if layers share weights."""
     if mesh.device_type == "cpu":
         let_storages_be_freed()
     backbone: Any = model.backbone
@@ -239,6 +247,21 @@ def shard_over(model: SequenceModel, mesh: DeviceMesh) -> None:
     if len({id(p) for layer in layers for p in layer.parameters()}) == sum(
         len(list(layer.parameters())) for layer in layers
     ):
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
+        for together in _units(layers):
+            fully_shard(together, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _units(layers: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Neighbouring layers, of at most `_TOGETHER` parameters, or one."""
+    unit: list[nn.Module] = []
+    count = 0
+    for layer in layers:
+        own = sum(parameter.numel() for parameter in layer.parameters())
+        if unit and count + own > _TOGETHER:
+            yield unit
+            unit, count = [], 0
+        unit.append(layer)
+        count += own
+    if unit:
+        yield unit

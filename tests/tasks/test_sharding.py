@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mambaseq.batch import Batch
 from mambaseq.errors import ConfigError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
+from mambaseq.tasks import sharding
 from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.callbacks import StoppedAtOnce, abandons_saving
 from mambaseq.tasks.contexts import gather_states
@@ -58,6 +62,38 @@ def test_processes_of_a_sharded_model_gather_states() -> None:
     for options in ({"mixer": "rwkv4"}, {"chunk_length": 4}):
         with pytest.raises(ConfigError, match=r"fsdp2 goes with .* where processes gather states"):
             gather_states(causal_lm(7, 8, 2, **options).backbone)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone, which gathers and sums as several do."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_layers_are_gathered_together(
+    mesh: DeviceMesh, together: int, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as have so many parameters, and nothing changes by it."""
+    whole, model = (causal_lm(7, 8, 5, checkpoint=checkpoint) for _ in range(2))
+    model.load_state_dict(whole.state_dict())
+    layers = list(model.backbone.layers)  # type: ignore[arg-type]
+    monkeypatch.setattr(sharding, "_TOGETHER", together * sum(p.numel() for p in layers[0].parameters()))
+    sharding.shard_over(model, mesh)
+    units = {id(layer._get_fsdp_state()._fsdp_param_group) for layer in layers}
+    assert len(units) == {1: 5, 2: 3, 5: 1}[together]
+    tokens = torch.randint(7, (2, 9))
+    for _ in range(2):
+        for one in (whole, model):
+            loss = one(tokens, tokens).loss
+            assert loss is not None
+            loss.backward()
+    for (name, own), gathered in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert own.grad is not None, name
+        torch.testing.assert_close(gathered.grad.full_tensor(), own.grad, msg=name)  # type: ignore[union-attr]
 
 
 def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
