@@ -21,7 +21,6 @@ import copy
 import functools
 import importlib.util
 import inspect
-import json
 import sys
 import tempfile
 import time
@@ -330,7 +329,7 @@ def read(peer: nn.Module, ssm: dict[str, Any]) -> Mixer:
     weights |= {**ones, "backbone.embedding.weight": embedding, "lm_head.weight": embedding}
     config = {"d_model": D_MODEL, "n_layer": 1, "vocab_size": 8, "ssm_cfg": {"layer": "Mamba3", **ssm}}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (Path(folder) / "config.json").write_text(json_text(config))
         torch.save(weights, Path(folder) / "pytorch_model.bin")
         mixer = load_upstream(folder).backbone.mixers()[0]
     return mixer.to(next(peer.parameters()).device)
