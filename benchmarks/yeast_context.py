@@ -8,12 +8,14 @@ fit` whose losses are held against those of one GPU, which reads the window in c
 data: the archive that the recipe `mambaseq reproduce yeasts` describes. Chromosome VII of six strains is for training,
 XV of them for validation, and IV of three other strains for test; no others have 2^20 bases without N. `--seconds` ends
 what is running then, with its step done and saved, and the same command goes on with it. `results.json` has the losses
-of each step, how far they are apart, and tokens a second.
+of each step, how far they are apart, tokens a second, and what the longer training ended with. One that is there is
+gone on with, so that the GPUs may be measured one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import subprocess
 import sys
@@ -114,16 +116,19 @@ def losses(run: Path) -> dict[int, float]:
     return dict(RunFolder(run).curve("train/loss")) if (run / "config.yaml").is_file() else {}
 
 
-def compared(out: Path, devices: int, tolerance: float) -> dict[str, Any]:
-    """What the runs say of themselves, and how far apart their losses are."""
-    one, two = losses(out / "one"), losses(out / "two")
-    both = sorted(one.keys() & two.keys())
+def compared(out: Path, devices: int, steps: int, tolerance: float) -> dict[str, Any]:
+    """What the runs say of themselves, or an earlier one did, and how far apart their losses are."""
+    file = out / "results.json"
+    former = json.loads(file.read_text()) if file.is_file() else {}
+    of: dict[str, dict[int, float]] = {}
+    rates: dict[str, float] = dict(former.get("tokens_per_s", {}))
+    for name in ("one", "two"):
+        of[name] = losses(out / name) or dict(enumerate(former.get("losses", {}).get(name, [])))
+        if of[name] and (out / name / "config.yaml").is_file():
+            rates[name] = RunFolder(out / name).curve("train/tokens_per_second")[-1][1]
+    one, two = of["one"], of["two"]
+    both = sorted(one.keys() & two.keys())[:steps]
     apart = [abs(one[step] - two[step]) for step in both]
-    rates = {
-        name: dict(RunFolder(out / name).curve("train/tokens_per_second"))
-        for name in ("one", "two")
-        if (out / name / "config.yaml").is_file()
-    }
     return {
         "devices": devices,
         "steps": len(both),
@@ -131,9 +136,15 @@ def compared(out: Path, devices: int, tolerance: float) -> dict[str, Any]:
         "largest_difference": max(apart, default=None),
         "mean_difference": sum(apart) / len(apart) if apart else None,
         "equal": bool(apart) and max(apart) <= tolerance,
-        "tokens_per_s": {name: of[max(of)] for name, of in rates.items() if of},
+        "tokens_per_s": rates,
         "losses": {"one": list(one.values()), "two": list(two.values())},
     }
+
+
+def ended(run: Path) -> dict[str, Any]:
+    """What a training ended with: its results, and what it said of the validation set, by step."""
+    metrics = ("val/loss", "val/accuracy")
+    return {**json.loads((run / "results.json").read_text()), **{name: RunFolder(run).curve(name) for name in metrics}}
 
 
 def main() -> None:
@@ -164,7 +175,7 @@ def main() -> None:
         if "two" in options.only:
             fit(out / "two", start, split, options.seconds)
     finally:  # what is there when it is interrupted, too
-        found = compared(out, options.devices, tolerance)
+        found = compared(out, options.devices, options.steps, tolerance)
         (out / "results.json").write_text(json_text(found, indent=1) + "\n")
         print(json_text({key: value for key, value in found.items() if key != "losses"}), flush=True)
     if "train" in options.only:
@@ -173,6 +184,9 @@ def main() -> None:
         more = ["--trainer.max_steps=-1", f"--trainer.max_time={most}", "--trainer.limit_val_batches=1.0"]
         more += ["--trainer.val_check_interval=200", "--trainer.check_val_every_n_epoch=null"]
         fit(out / "two", start, [*split, *more], options.seconds)
+        found |= {"minutes": options.minutes, "trained": ended(out / "two")}
+        (out / "results.json").write_text(json_text(found, indent=1) + "\n")
+        print(json_text(found["trained"]), flush=True)
     sys.exit(0 if found["equal"] or not found["steps"] else 1)
 
 
