@@ -29,8 +29,9 @@ def drawn(halves: bool, rank: int, groups: int, d_state: int, n_angles: int) -> 
 def test_kernels_equal_the_definition(
     sizes: tuple, wrapped: bool, rounded: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Angles of thousands of turns keep their digits. Of a group's heads each is a program's of its own."""
-    monkeypatch.setattr(turning, "_HEADS_BACKWARD", 1)
+    """Angles of thousands of turns keep their digits. A program takes all heads of a group, or one."""
+    if rounded:
+        monkeypatch.setattr(turning, "_PROGRAMS", 1)
     made, place = drawn(*sizes)._replace(rounded=rounded), device_or_skip(device)
     if wrapped:
         made = made._replace(angle=torch.remainder(made.angle, 2 * math.pi).float())
@@ -45,3 +46,18 @@ def test_kernels_equal_the_definition(
         results += [*outputs, *torch.autograd.grad(outputs, leaves, given)]
     for i, (a, e) in enumerate(zip(found, expected, strict=True)):
         assert relative_rms_error(a, e) < (3e-3 if rounded and i < 2 else 1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cosines_and_sines_keep_their_digits(device: str) -> None:
+    """Of every quarter, of either sign, and where they change places."""
+    place = device_or_skip(device)
+    eighths = torch.arange(-16, 17) * math.pi / 4
+    angle = torch.cat([torch.linspace(-12, 12, 447), eighths, eighths + 1e-6]).float().view(1, 27, 1, 19).to(place)
+    B = torch.tensor([1.0, 0.0]).repeat(19).expand(1, 27, 1, 1, 38).to(place)
+    bias = torch.zeros(1, 1, 38, device=place)
+    found, _ = kernel(TurnArguments(B, B, bias, bias, angle, False))
+    cos, sin = found[:, :, 0, 0].unflatten(-1, (-1, 2)).double().unbind(-1)
+    wide = angle[:, :, 0].double()
+    assert float((cos - wide.cos()).abs().max()) < 1.5e-7
+    assert float((sin - wide.sin()).abs().max()) < 1.5e-7

@@ -59,3 +59,24 @@ def tanh(v):
     p = -0.333332598 + q * (0.133308306 + q * (-0.0536880232 + q * (0.0204694159 - 0.0055151605 * q)))
     size = tl.where(a < 0.65, a + a * (q * p), 1 - 2 / (tl.exp(2 * a) + 1))
     return tl.where(v < 0, -size, size)
+
+
+@triton.jit
+def cos_sin(v):
+    """Cosine and sine of float32 of few turns, within 1e-7: by polynomials (of Cephes) of what is left of v without
+    quarters of a turn, some 25 instructions for both."""
+    shifted = v * 0.6366197723675814 + 12582912.0  # 1.5 * 2^23: its last bits count quarters
+    quarter = shifted.to(tl.int32, bitcast=True)
+    count = shifted - 12582912.0
+    # pi / 2 in three parts, the first two times a count exact
+    x = tl.fma(count, -1.5703125, v)
+    x = tl.fma(count, -4.837512969970703e-4, x)
+    x = tl.fma(count, -7.54978995489188e-8, x)
+    z = x * x
+    s = x + x * (z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4)))
+    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    odd = (quarter & 1) == 1
+    cos = tl.where(odd, s, c)
+    sin = tl.where(odd, c, s)
+    cos = tl.where(((quarter + 1) & 2) == 2, -cos, cos)
+    return cos, tl.where((quarter & 2) == 2, -sin, sin)

@@ -12,8 +12,9 @@ from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
-_ROWS, _ROWS_BACKWARD = 16, 32  # of a program
-_HEADS_BACKWARD, _WARPS_BACKWARD = 64, 8
+_ROWS, _PAIRS = 32, 32  # of a program
+_HEADS, _HEADS_BACKWARD = 8, 64  # of a group that a program takes at most, forward and backward
+_PROGRAMS = 1024  # wanted before one takes several heads
 _MOST_STATES = 256
 
 
@@ -77,19 +78,27 @@ def why_not(a: TurnArguments) -> str | None:
     return None
 
 
-def _sizes(a: TurnArguments, rows_of_program: int) -> tuple[int, dict[str, Any], tuple[int, int, int]]:
-    """Blocks of rows; what kernels know when they are compiled; heads, groups, heads of a group."""
+def _sizes(a: TurnArguments, most: int) -> tuple[tuple[int, int, int], dict[str, Any], tuple[int, ...]]:
+    """The grid; what kernels know when they are compiled; rows, heads, groups, heads of a group.
+
+    most: heads of a group that a program takes, at most.
+    """
     rank, groups, d_state = a.B.shape[-3:]
-    rows = a.B.numel() // (rank * groups * d_state)
+    rows, per_group = a.angle.shape[:-2].numel(), a.heads // groups
+    pairs = min(_PAIRS, 1 << (d_state // 2 - 1).bit_length())
+    blocks, columns = -(-rows // _ROWS), -(-d_state // (2 * pairs))
+    heads = max(1, min(most, per_group, blocks * columns * rank * a.heads // _PROGRAMS))
     known = {
         "N": d_state,
         "ANGLES": a.angle.shape[-1],
         "RANK": rank,
         "HALVES": a.halves,
-        "HALF": 1 << (d_state // 2 - 1).bit_length(),
-        "ROWS": rows_of_program,
+        "ROWS": _ROWS,
+        "PAIRS": pairs,
+        "HEADS": heads,
     }
-    return -(-rows // rows_of_program), known, (a.heads, groups, a.heads // groups)
+    grid = blocks, groups * rank * columns, -(-per_group // heads)
+    return grid, known, (rows, a.heads, groups, per_group)
 
 
 def _contiguous(a: TurnArguments) -> tuple[Tensor, ...]:
@@ -106,28 +115,26 @@ def _fake(a: TurnArguments) -> tuple[Tensor, Tensor]:
 
 def _forward(a: TurnArguments) -> tuple[Tensor, Tensor]:
     to = _fake(a)
-    blocks, known, counts = _sizes(a, _ROWS)
+    grid, known, counts = _sizes(a, _HEADS)
     with portable.on(a.B):
-        _kernels().turn[(blocks, a.heads)](*_contiguous(a), *to, a.angle.shape[:-2].numel(), *counts, **known)
+        _kernels().turn[grid](*_contiguous(a), *to, *counts, **known)
     return to
 
 
 def _backward(a: TurnArguments, dB_to: Tensor, dC_to: Tensor) -> tuple[Tensor, ...]:
-    blocks, known, counts = _sizes(a, _ROWS_BACKWARD)
-    rank, groups, d_state = a.B.shape[-3:]
+    grid, known, counts = _sizes(a, _HEADS_BACKWARD)
+    blocks, _, parts = grid
+    rank, _, d_state = a.B.shape[-3:]
     device = a.B.device
-    parts = -(-counts[2] // _HEADS_BACKWARD)  # of a group's heads
     dB, dC = (torch.empty(parts, *M.shape, dtype=torch.float32, device=device) for M in (a.B, a.C))
     # each (blocks, heads, rank, d_state)
     shares = torch.empty(2, blocks, a.heads, rank, d_state, dtype=torch.float32, device=device)
     dangle = torch.empty(rank, *a.angle.shape, dtype=torch.float32, device=device)
     with portable.on(a.B):
-        _kernels().turn_backward[(blocks, groups * rank, parts)](
-            *_contiguous(a), dB_to.contiguous(), dC_to.contiguous(), dB, dC, *shares, dangle,
-            a.angle.shape[:-2].numel(), *counts, **known, HEADS=_HEADS_BACKWARD,
-            num_warps=_WARPS_BACKWARD,
-        )  # fmt: skip
-    dB_bias, dC_bias = (share.sum(0) for share in shares)
+        _kernels().turn_backward[grid](
+            *_contiguous(a), dB_to.contiguous(), dC_to.contiguous(), dB, dC, *shares, dangle, *counts, **known
+        )
+    dB_bias, dC_bias = shares.sum(1).unbind(0)
     dB, dC = (M.squeeze(0) if parts == 1 else M.sum(0) for M in (dB, dC))
     dangle = dangle.squeeze(0) if rank == 1 else dangle.sum(0)
     return dB, dC, dB_bias.to(a.B_bias.dtype), dC_bias.to(a.C_bias.dtype), dangle.to(a.angle.dtype)
