@@ -22,7 +22,7 @@ from agreement import (
 from mambaseq.ops import OPS, ssd, trapezoidal_scan
 from mambaseq.ops.chunks import sums
 from mambaseq.ops.dispatch import outputs_and_gradients, relative_rms_error
-from mambaseq.ops.trapezoid import TrapezoidArguments, step, trapezoidal_update_
+from mambaseq.ops.trapezoid import TrapezoidArguments, gpu, step, trapezoidal_update_
 
 OP = OPS["trapezoidal_scan"]
 TORCH, TRITON, REFERENCE = (next(b for b in OP.backends if b.name == name) for name in ("torch", "triton", "reference"))
@@ -141,8 +141,12 @@ def assert_kernels_are_near(made: TrapezoidArguments, dtype: torch.dtype, device
         assert error < TOLERANCE[dtype], f"{label}: relative RMS error {error:.1e}"
 
 
-def test_kernels() -> None:
-    """By the interpreter, which takes its time: a short one; on a GPU all."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_kernels(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the interpreter, which takes its time: a short one; on a GPU all. Gradients by one kernel, and by those of
+    larger heads."""
+    if not whole:
+        monkeypatch.setattr(gpu, "_WHOLE_STATES", 0)
     made = packed(forgetting(drawn("m", 1, 24, rank=3)), 0, 0, 1, 24)
     assert_kernels_are_near(made._replace(reverse=True), torch.float16, PLACE)
 

@@ -114,7 +114,7 @@ class Call:
         self.groups, self.d_state = B.shape[2:]
         self.heads_of_group = self.heads // self.groups
         self.plan = plan(self.head_dim, self.d_state)
-        self.x, self.B, self.C = (_rows(value) for value in (x, B, C))
+        self.x, self.B, self.C = (side_by_side(value) for value in (x, B, C))
         self.state_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         self.sequences = sequences.count(x, cu_seqlens)
         self.reverse, self.rank = reverse, {"RANK": rank}
@@ -145,9 +145,16 @@ class Call:
         return next(n for n in range(most, 0, -1) if self.heads_of_group % n == 0)
 
     def walk(
-        self, x: Tensor, m: Tensor, start: Tensor | None, end: Tensor | None, entered: Tensor | None = None
+        self,
+        x: Tensor,
+        m: Tensor,
+        start: Tensor | None,
+        end: Tensor | None,
+        entered: Tensor | None = None,
+        *,
+        backward: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """States before each chunk, and `flow`: see the kernel; BACKWARD if `entered` is given."""
+        """States before each chunk, and, of `backward` with `entered`, `flow`: see the kernel."""
         shape, (head_dim, d_state) = self.plan.walk, (self.head_dim, self.d_state)
         rows, columns = min(_block(head_dim), shape.rows), min(_block(d_state), shape.columns)
         blocks = -(-head_dim // rows) * -(-d_state // columns)
@@ -163,7 +170,7 @@ class Call:
             self.kernels.walk[(tiles, segments)](
                 x, *x.stride()[:3], m, *m.stride()[:3], self.decay, self.step, *self.place,
                 start, end, states, entered, flow, sums, factors, self.heads, self.heads_of_group, segments, chunks,
-                **self.blocks, BLOCK_P=rows, BLOCK_N=columns, BACKWARD=entered is not None, SUMMARY=summary,
+                **self.blocks, BLOCK_P=rows, BLOCK_N=columns, BACKWARD=backward, SUMMARY=summary,
                 num_warps=shape.warps, num_stages=shape.stages,
             )  # fmt: skip
         return states, flow
@@ -286,11 +293,11 @@ def gradients_of(
 ) -> Found:
     """into: where the gradients of x, B and C are written."""
     dx, dB, dC = into
-    dy = _rows(dy.to(call.x.dtype))
+    dy = side_by_side(dy.to(call.x.dtype))
     start, dstart = (None if v is None else v.contiguous() for v in (initial, dfinal))
     entered, _ = call.walk(call.x, call.B, start, None)
     dinitial = None if initial is None else call.ends(dstart)
-    left, flow = call.walk(dy, call.C, dstart, dinitial, entered)
+    left, flow = call.walk(dy, call.C, dstart, dinitial, entered, backward=True)
     assert flow is not None
 
     chunks, groups, heads, size = call.chunks, call.groups, call.heads, call.plan.size
@@ -335,7 +342,7 @@ def _segments(tiles: int, chunks: int, programs: int) -> tuple[int, int]:
     return -(-chunks // length), length
 
 
-def _rows(value: Tensor) -> Tensor:
+def side_by_side(value: Tensor) -> Tensor:
     """`(batch, length, heads, n)` with the last axis side by side; the same where it is."""
     return value if value.stride(3) == 1 or value.shape[3] == 1 else value.contiguous()
 

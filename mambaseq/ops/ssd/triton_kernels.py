@@ -108,8 +108,8 @@ def walk(
 
     Forward: x and m are x and B; `start` and `end` are the initial and final states. BACKWARD, time runs to the
     beginning: x and m are the gradient of y and C, `start` and `end` the gradients of the final and initial states,
-    `states` the gradients of the state that leaves each chunk; `other` are the states that enter chunks, and `flow`
-    (chunks, heads, blocks) gets what their product says of the decay of the whole chunk.
+    `states` the gradients of the state that leaves each chunk; `other`, if given, are the states that enter chunks, and
+    `flow` (chunks, heads, blocks) gets what their product says of the decay of the whole chunk.
 
     SUMMARY: only what a segment adds to the state (`sums`), and by which factor it keeps what was there (`factors`),
     as if nothing came before. Otherwise those of earlier segments are read, if there are several.
@@ -162,7 +162,7 @@ def walk(
         whole = tl.load(decay + which * SIZE + SIZE - 1)
         if not SUMMARY:
             tl.store(states + which * STATE + at, _rounded(state, states.dtype.element_ty), mask=inside)
-            if BACKWARD:
+            if other is not None:
                 entered = tl.load(other + which * STATE + at, mask=inside, other=0.0).to(tl.float32)
                 tl.store(flow + which * blocks + block, tl.exp2(whole) * tl.sum(entered * state))
         if BACKWARD:

@@ -7,6 +7,7 @@ filled up with zeros.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from mambaseq.ops.trapezoid.chunked import OF_SEQUENCES, OVER_TIME, of_the_next
 _MOST_RANK = 16
 # below it a decay is 0 in float32, but sums of what is far below would lose the digits of the others
 _FORGOTTEN = -104.0
+# of a head that one kernel takes whole; halves of either would be operands of less than 128 bytes a row, see `ssd.gpu`
+_WHOLE_HEAD_DIM, _WHOLE_STATES = 64, 128
 
 
 class Rows(NamedTuple):
@@ -120,13 +123,47 @@ def _backward(a: Rows, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None
     dweights = torch.empty(a.weights.shape, dtype=torch.float32, device=a.x.device)
     with portable.on(a.x):
         call = _call(a)
-        found = dual.gradients_of(call, None, a.initial_state, dy, dfinal, (dx, dB, dC))
+        find = _gradients if fits(call.head_dim, call.d_state) else functools.partial(dual.gradients_of, D=None)
+        found = find(call=call, initial=a.initial_state, dy=dy, dfinal=dfinal, into=(dx, dB, dC))
         _kernels().steps_backward[(call.chunks, -(-call.heads // dual.STEPS_HEADS))](
             *call.place, call.batch, found.direct, found.own, *found.of_decay, dweights, call.heads,
             SIZE=call.plan.size, HEADS=dual.STEPS_HEADS, **found.blocks(), **call.rank,
         )  # fmt: skip
     initial, dinitial = a.initial_state, found.dinitial
     return dx, dB, dC, dweights, None if initial is None or dinitial is None else dinitial.to(initial.dtype)
+
+
+def fits(head_dim: int, d_state: int) -> bool:
+    """Whether one kernel can hold what a head's gradients are made of."""
+    return head_dim <= _WHOLE_HEAD_DIM and d_state <= _WHOLE_STATES
+
+
+def _gradients(
+    call: dual.Call,
+    initial: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> dual.Found:
+    """`dual.gradients_of` of heads with B and C of their own, where it `fits`: a kernel in the place of three."""
+    dx, dB, dC = into
+    dy = dual.side_by_side(dy.to(call.x.dtype))
+    start, dstart = (None if v is None else v.contiguous() for v in (initial, dfinal))
+    entered, _ = call.walk(call.x, call.B, start, None)
+    dinitial = None if initial is None else call.ends(dstart)
+    left, _ = call.walk(dy, call.C, dstart, dinitial, backward=True)
+    size = call.plan.size
+    direct, down, inner, outer = call.empty(4, call.chunks, call.heads, size).unbind(0)  # each (chunks, heads, size)
+    flow = call.empty(call.chunks, call.heads, 1)
+    importlib.import_module("mambaseq.ops.trapezoid.scan_kernels").scan_backward[(call.chunks, call.heads)](
+        call.x, *call.x.stride()[:3], call.B, *call.B.stride()[:3], call.C, *call.C.stride()[:3],
+        call.decay, call.step, call.own, dy, *dy.stride()[:3], entered, left, *call.place,
+        dx, *dx.stride()[:3], dB, *dB.stride()[:3], dC, *dC.stride()[:3], direct, down, inner, outer, flow, call.heads,
+        P=call.head_dim, N=call.d_state, BLOCK_P=_WHOLE_HEAD_DIM,
+        BLOCK_N=_WHOLE_STATES if call.d_state > _WHOLE_STATES // 2 else _WHOLE_STATES // 2,
+        SIZE=size, **call.rank, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return dual.Found(direct, down, (inner, outer[None], flow), flow, dinitial)
 
 
 def _fake(a: Rows) -> tuple[Tensor, Tensor | None]:
