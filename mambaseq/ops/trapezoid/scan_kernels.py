@@ -23,8 +23,9 @@ def scan_backward(
     """A program takes one head of a chunk.
 
     entered: the states before chunks, left: the gradients of those behind them. `direct` and `down` (chunks, heads,
-    SIZE) are the gradients of dt and own, `inner` and `outer` add up to that of `decay` in natural logarithms, and `flow`
-    (chunks, heads) is what the decay of the whole chunk has beside. Matrices are (earlier step down, later step of the gradient across).
+    SIZE) are the gradients of dt and own, `inner` and `outer` add up to that of `decay` in natural logarithms, and
+    `flow` (chunks, heads) is what the decay of the whole chunk has beside. Matrices are (earlier step down, later step
+    of the gradient across).
     """
     c = tl.program_id(0)
     head = tl.program_id(1)

@@ -60,17 +60,15 @@ def _turn(angle, row, known, h, heads, i, turns, ANGLES: tl.constexpr):
 @triton.jit
 def _program(heads_of_group, N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
              HEADS: tl.constexpr):  # fmt: skip
-    """Rows; pairs, and the first of them; group, rank, part of the group's heads, their first and the one behind
-    their last."""
+    """Rows; pairs, and the first of them; group, rank, the first of its heads and the one behind the last."""
     blocks: tl.constexpr = (N // 2 + PAIRS - 1) // PAIRS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     begin = tl.program_id(1) % blocks * PAIRS
     i = begin + tl.arange(0, PAIRS)
     g = tl.program_id(1) // blocks // RANK
     r = tl.program_id(1) // blocks % RANK
-    part = tl.program_id(2)
-    first = g * heads_of_group + part * HEADS
-    return row, i, begin, g, r, part, first, tl.minimum(first + HEADS, (g + 1) * heads_of_group)
+    first = g * heads_of_group + tl.program_id(2) * HEADS
+    return row, i, begin, g, r, first, tl.minimum(first + HEADS, (g + 1) * heads_of_group)
 
 
 @triton.jit
@@ -85,7 +83,7 @@ def turn(
     N: tl.constexpr, ANGLES: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
     PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    row, i, begin, g, r, part, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
+    row, i, begin, g, r, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
     known = row < rows
     mask = known[:, None] & (i < N // 2)[None, :]
     of_row = row.to(tl.int64) * RANK + r
@@ -122,7 +120,7 @@ def turn_backward(
 ):  # fmt: skip
     """dB and dC as B, one share a part of HEADS heads of a group; gradients of the biases (blocks, heads, RANK, N), one
     share a block of rows, of the angles (RANK, rows, heads, ANGLES), all float32. A program takes one rank's."""
-    row, i, begin, g, r, part, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
+    row, i, begin, g, r, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
     turns = begin < ANGLES
     known = row < rows
     pair = i < N // 2
@@ -152,6 +150,6 @@ def turn_backward(
         share = (tl.program_id(0).to(tl.int64) * heads + h) * RANK + r
         _store(dB_bias, share, i, pair, b_one, b_other, N, HALVES)
         _store(dC_bias, share, i, pair, c_one, c_other, N, HALVES)
-    place = (((part * tl.full([1], 1, tl.int64) * rows + row) * RANK + r) * groups + g)[:, None]
+    place = (((tl.program_id(2) * tl.full([1], 1, tl.int64) * rows + row) * RANK + r) * groups + g)[:, None]
     _store(dB, place, i[None, :], mask, dB_one, dB_other, N, HALVES)
     _store(dC, place, i[None, :], mask, dC_one, dC_other, N, HALVES)
