@@ -42,9 +42,16 @@ def below(words: Tensor, bound: int | Tensor) -> Tensor:
 def distinct(words: Tensor, bound: int) -> Tensor:
     """`(items, k)` 32-bit random numbers → k different integers in [0, bound), ascending; every set of k is equally
     likely (Floyd's sampling, CACM 30(9), 1987)."""
-    chosen: list[Tensor] = []
-    for word, last in zip(words.unbind(1), range(bound - words.shape[1], bound), strict=True):
-        new = below(word, last + 1)
-        taken = sum((new == other for other in chosen), torch.zeros_like(new, dtype=torch.bool))
-        chosen.append(torch.where(taken > 0, last, new))
-    return torch.stack(chosen, 1).sort(1).values
+    k = words.shape[1]
+    number = torch.arange(k, device=words.device)
+    last = bound - k + number
+    new = below(words, last + 1)
+    # a number that is taken already gives way to `last`: one that was drawn before, or one for which an earlier gave way
+    earlier = number[:, None] > number
+    gives_way = ((new[:, :, None] == new[:, None]) & earlier).any(2)
+    before = new - (bound - k)  # whose `last` it is
+    before = torch.where((before >= 0) & (before < number), before, number)
+    for _ in range(k.bit_length()):
+        gives_way = gives_way | gives_way.gather(1, before)
+        before = before.gather(1, before)
+    return torch.where(gives_way, last, new).sort(1).values

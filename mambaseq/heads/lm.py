@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import check_positive
+from mambaseq.errors import ConfigError, check_positive
 from mambaseq.heads.base import Head, Kind, check_targets
 from mambaseq.heads.losses import label_loss
 from mambaseq.ops import linear_cross_entropy
@@ -22,6 +23,9 @@ class LMHead(Head):
     Args:
         d_model: width of the backbone's output.
         vocab_size: number of token ids.
+        most_labels: labels that a sequence of a batch has at most (all of a packed batch are one), where they are few,
+            as in answers to long questions: where no logits are asked for, the loss is computed of so many positions
+            only, which a GPU cannot count for itself without being waited for. None for all positions.
     """
 
     per_token: ClassVar[bool] = True
@@ -29,9 +33,12 @@ class LMHead(Head):
     continues: ClassVar[Literal["tokens", "values", ""] | None] = "tokens"
     position_wise: ClassVar[bool] = True
 
-    def __init__(self, d_model: int, vocab_size: int) -> None:
+    def __init__(self, d_model: int, vocab_size: int, most_labels: int | None = None) -> None:
         super().__init__()
         check_positive("The lm head", d_model=d_model, vocab_size=vocab_size)
+        if most_labels is not None:
+            check_positive("The lm head", most_labels=most_labels)
+        self.most_labels = most_labels
         self.linear = nn.Linear(d_model, vocab_size, bias=False)
         nn.init.normal_(self.linear.weight, std=0.02)
 
@@ -47,9 +54,12 @@ class LMHead(Head):
         nothing to predict. Returns (loss, logits): the mean loss in nats a label or None, and logits `(batch, length,
         vocab_size)` fp32 or None. Without `return_logits`, large losses are computed in chunks, so that the logits of a
         whole batch never exist (except with an adapter or hooks on the linear map, which must see them). Raises
-        ConfigError for labels that are not one int64 for each position."""
+        ConfigError for labels that are not one int64 for each position, and on a CPU for more of them in a sequence
+        than `most_labels`; a GPU, which nobody waits for, gives a loss that is NaN."""
         if labels is not None:
             check_targets(self, labels, tuple(hidden.shape[:2]))
+            if not return_logits and self.most_labels is not None and self.most_labels < labels.shape[1]:
+                hidden, labels = self._labelled(hidden, labels, self.most_labels)
         if return_logits or (labels is not None and not is_plain(self.linear)):
             logits = apply_linear(self.linear, hidden[:, 0])[:, None] if hidden.shape[1] == 1 else self.linear(hidden)
             logits = logits.float()
@@ -60,6 +70,20 @@ class LMHead(Head):
             return None, None
         total = linear_cross_entropy(hidden.flatten(0, 1), self.linear.weight, labels.flatten())
         return total / (labels != -100).sum().clamp(min=1), None
+
+    def _labelled(self, hidden: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """The same `(batch, most, ...)`: positions with labels, then others."""
+        has = labels != -100
+        too_many = has.sum(1).max() > most
+        if not (labels.is_cuda or torch.compiler.is_compiling()) and too_many:
+            raise ConfigError(
+                f"A sequence has {int(has.sum(1).max())} labels, but model.head.most_labels is {most}. Set it to the "
+                "most that a sequence of the data has, or leave it out."
+            )
+        at = has.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        labels = labels.gather(1, at)
+        labels = torch.where(too_many & (labels != -100), self.linear.weight.shape[0], labels)  # one that is none: NaN
+        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])), labels
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See `Head.likeliest`. On a GPU the logits are read as the map makes them."""

@@ -22,6 +22,8 @@ from mambaseq.reproduction.tables import Table
 
 Scale = Literal["full", "small", "tiny"]
 SCALES: tuple[Scale, ...] = ("full", "small", "tiny")
+FINISHED = "finished"
+"""In place of names: what earlier runs have finished, and nothing is trained."""
 
 _T = TypeVar("_T")
 
@@ -32,7 +34,7 @@ class Context:
 
     scale: "full" gives the reported results, on a GPU; "small" takes minutes on a CPU; "tiny" takes seconds and learns
         nothing.
-    only: names of lines, or of other choices of a recipe; empty for all.
+    only: names of lines, or of other choices of a recipe, or `FINISHED`; empty for all.
     hardware: what trials run on. records: of the requested trials, by name.
     data: the folder with files that users bring (see `brought`).
     minutes: of training of each contender, in recipes that train by the clock; None for the recipe's own.
@@ -91,7 +93,7 @@ class Context:
         """
         own = list(names)
         known = [*own, *others]
-        for name in self.only:
+        for name in set(self.only) - {FINISHED}:
             if name not in known:
                 raise UserError(
                     f"--only names {shown(name)}, which this recipe has not.{did_you_mean(name, known)} "
@@ -148,14 +150,23 @@ class Context:
         return record
 
     def over_seeds(self, name: str, run: Callable[[int, Path], Mapping[str, float]]) -> dict[str, list[float]]:
-        """A trial for each seed: a list of each value, in the order of the seeds."""
-        found = [
-            self.trial(f"{name} seed={seed}", lambda checkpoint, seed=seed: run(seed, checkpoint))  # type: ignore[misc]
-            for seed in self.seeds
-        ]
+        """A trial for each seed: a list of each value, in the order of the seeds. Of `FINISHED` those that are."""
+        found = []
+        for seed in self.seeds:
+            of = f"{name} seed={seed}"
+            if FINISHED not in self.only:
+                found.append(self.trial(of, lambda checkpoint, seed=seed: run(seed, checkpoint)))  # type: ignore[misc]
+            elif (one := self.finished(of)) is not None:
+                found.append(one)
         return {
             key: [one[key] for one in found if key in one] for key in dict.fromkeys(k for one in found for k in one)
         }
+
+
+    def note(self, values: Mapping[str, list[float]]) -> str:
+        """For a line whose values are `over_seeds`: of how few seeds the one with the fewest is; "" if of all."""
+        fewest = min(map(len, values.values()), default=0)
+        return "" if fewest == len(self.seeds) else f"{fewest or 'none'} of {len(self.seeds)} seeds"
 
 
 def _unfinished(checkpoint: Path) -> dict[str, float]:

@@ -28,7 +28,7 @@ BatchOf = Callable[[Tensor], Batch]
 """A function that gives the batch of a training step from the step's number, `()` int64 on the device."""
 
 _SAVE_EVERY_S = 15.0
-_TELL_EVERY_S = 30.0  # where there is no terminal for a bar
+_TELL_FIRST_S, _TELL_EVERY_S = 2.0, 30.0  # where there is no terminal for a bar: then twice as late, up to this
 _SHOW_EVERY_S = 1.0
 _EAGER_STEPS = 3  # steps before a capture, as PyTorch requires; kernels are compiled by then
 
@@ -91,6 +91,7 @@ def train(
     earlier = run.clock  # of the calls before
     model.train()
     began = saved = shown = told = measured = time.perf_counter()
+    silent = _TELL_FIRST_S
     aside = 0.0  # seconds of checks and checkpoints since `measured`
     with tqdm(total=steps, initial=done, unit="step", desc=label or None, leave=False, disable=None) as bar:
         while done < steps and not finish and (clock is None or run.clock < clock):
@@ -107,10 +108,10 @@ def train(
                 bar.update(done - bar.n)
                 bar.set_postfix(loss=f"{run.mean_loss():.3f}")  # waits for the GPU, so that steps do not pile up
                 shown = now
-            if bar.disable and now - told > _TELL_EVERY_S:
+            if bar.disable and now - told > silent:
                 of = f" of {steps:,}" if clock is None else f", {run.clock:.0f} of {clock:.0f} s"
                 tqdm.write(f"{label or 'training'}: step {done:,}{of}, loss {run.mean_loss():.3f}")
-                told = now
+                told, silent = now, min(2 * silent, _TELL_EVERY_S)
             due = checkpoint is not None and now - saved > _SAVE_EVERY_S
             ask = done % check_every == 0 and not (finished is None and watch is None)
             if not (due or ask):

@@ -56,6 +56,46 @@ def test_chunked_loss_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 0], [3, 3, 3]])
+def test_the_loss_of_few_labels_equals_that_of_all_positions(counts: list[int]) -> None:
+    head, few = LMHead(6, 11), LMHead(6, 11, most_labels=3)
+    few.load_state_dict(head.state_dict())
+    hidden = torch.randn(3, 7, 6, requires_grad=True)
+    labels = torch.full((3, 7), -100)
+    for row, n in enumerate(counts):
+        labels[row, torch.randperm(7)[:n]] = torch.randint(0, 11, (n,))
+    found = []
+    for one in (head, few):
+        loss, _ = one(hidden, labels, return_logits=False)
+        found.append((loss, *torch.autograd.grad(loss, [hidden, one.linear.weight])))
+    for all_positions, labelled in zip(*found, strict=True):
+        torch.testing.assert_close(all_positions, labelled)
+    _, logits = few(hidden, labels)
+    torch.testing.assert_close(logits, head(hidden)[1])
+
+
+def test_the_loss_of_few_labels_is_computed_of_so_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return hidden.sum()
+
+    monkeypatch.setattr("mambaseq.heads.lm.linear_cross_entropy", spy)
+    labels = torch.full((3, 7), -100)
+    labels[:, ::4] = 1
+    LMHead(6, 11, most_labels=2)(torch.randn(3, 7, 6), labels, return_logits=False)
+    assert seen == [6]
+
+
+def test_more_labels_than_were_promised_are_refused_and_never_left_out() -> None:
+    head, hidden = LMHead(6, 11, most_labels=2), torch.randn(2, 5, 6)
+    labels = torch.tensor([[1, -100, -100, -100, 2], [1, 2, 3, -100, -100]])
+    with pytest.raises(ConfigError, match=r"A sequence has 3 labels, but model\.head\.most_labels is 2"):
+        head(hidden, labels, return_logits=False)
+    assert torch.isfinite(head(hidden, labels)[0])  # where logits are asked for, all positions are computed
+
+
 @pytest.mark.parametrize(
     ("head", "targets"),
     [

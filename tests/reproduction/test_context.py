@@ -75,6 +75,21 @@ def test_values_are_lists_over_the_seeds(tmp_path: Path) -> None:
     assert context(tmp_path).trial("x seed=1", lambda checkpoint: {}) == {"a": 1.0, "b": 5.0}
 
 
+def test_what_is_finished_is_collected_and_nothing_is_trained(tmp_path: Path) -> None:
+    def never(seed: int, checkpoint: Path) -> dict[str, float]:
+        raise AssertionError(f"seed {seed} was trained")
+
+    context(tmp_path).trial("x seed=1", lambda checkpoint: {"a": 3.0})
+    later = context(tmp_path, only=["finished"])
+    assert later.wanted(["mamba", "s4d"]) == ["mamba", "s4d"]
+    assert context(tmp_path, only=["finished", "s4d"]).wanted(["mamba", "s4d"]) == ["s4d"]
+    found = later.over_seeds("x", never)
+    assert found == {"a": [3.0]}
+    assert later.note(found) == "1 of 2 seeds"
+    assert later.note(later.over_seeds("y", never)) == "none of 2 seeds"
+    assert later.note({"a": [1.0, 2.0]}) == ""
+
+
 def test_an_interrupted_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial is stopped in the middle; the one that is started again takes only the steps that are left."""
     monkeypatch.setattr(training, "_SAVE_EVERY_S", -1.0)  # after each step

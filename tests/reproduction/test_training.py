@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -276,6 +278,19 @@ def test_a_run_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not same(weights(model), torch.load(path)["model"])  # the average is left in it
     with pytest.raises(UserError, match="clock, average differ"):
         train(make(), batches(), 10**6, config, checkpoint=path)
+
+
+def test_progress_is_told_soon_and_then_rarely(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = itertools.count()  # each look at the clock, of which a step has one, is a second
+    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    train(make(), batches(), 150, CONFIG, label="it")
+    told = [int(line.split()[2]) for line in capsys.readouterr().out.splitlines() if line.startswith("it: step")]
+    gaps = [later - earlier for earlier, later in itertools.pairwise([0, *told])]
+    assert 1 <= gaps[0] <= 3
+    assert gaps == sorted(gaps)
+    assert gaps[-3:] == [31, 31, 31]
 
 
 def test_the_average_of_the_weights_is_checked_and_left() -> None:

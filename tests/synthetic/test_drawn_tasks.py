@@ -178,6 +178,14 @@ def test_states_are_those_of_the_machines() -> None:
             assert torch.equal(table.sort(axis).values, torch.arange(len(table)).expand_as(table).movedim(-1, axis))
 
 
+@pytest.mark.parametrize("task", ["parity", "modular", "permutations"])
+def test_states_are_the_same_whatever_is_run_at_once(task: state_tracking.Task) -> None:
+    table = machine(task, state_tracking.SIZES[task])
+    inputs, labels = state_tracking.draw(0, torch.arange(9), task=task, size=state_tracking.SIZES[task], length=37)
+    for stretch in (1, 2, 6, 36, 37):
+        assert torch.equal(state_tracking.states(table, inputs, stretch), labels)
+
+
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mambaseq.heads.lm import LMHead
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import drawn
@@ -23,36 +24,44 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("gla", {}),
     "attention": ("attention", {}),
 }
-LR = 1e-3
+LR = 5e-3
+_AT_ONCE = 64  # sequences
 
 
 def run(context: Context) -> list[Table]:
     widths = context.at(full=(32, 64, 128), small=(16, 32), tiny=(8,))
-    length, n_pairs, vocabulary = context.at(full=(512, 64, 8192), small=(64, 8, 64), tiny=(16, 4, 16))
-    steps = context.at(full=20_000, small=500, tiny=2)
-    batch_size = context.at(full=64, small=32, tiny=2)
-    these = functools.partial(draw, length=length, n_pairs=n_pairs, vocab_size=vocabulary)
+    vocabulary = context.at(full=8192, small=64, tiny=16)
+    pairs = context.at(full=(2, 4, 8, 16, 32, 64), small=(2, 4, 8), tiny=(4,))
+    spread = context.at(full=8, small=8, tiny=4)  # tokens of a sequence to a pair
+    steps = context.at(full=(1_500, 500, 500, 500, 500, 2_000), small=(1_000, 300, 300), tiny=(2,))
+    tokens = context.at(full=2**14, small=2**11, tiny=32)  # of a batch
+    n_pairs, length = pairs[-1], spread * pairs[-1]
 
     def trial(name: str, width: int, seed: int, checkpoint: Path) -> dict[str, float]:
         torch.manual_seed(seed)
         mixer, options = MODELS[name]
         model = causal_lm(vocabulary, width, 2, mixer, **options).to(context.device)
-        config = OptimizerConfig(lr=LR, weight_decay=0.1, warmup_steps=min(500, steps // 2))
-        train(
-            model,
-            drawn(these, batch_size, seed),
-            steps,
-            config,
-            checkpoint=checkpoint,
-            finished=lambda: accuracy(model, these, VALIDATION, 256, batch_size) > 0.999,
-            check_every=500,
-            label=f"{name}, d_model {width}",
-        )
-        n_test = context.at(full=1024, small=128, tiny=4)
+        taken = 0
+        for phase, (n, most) in enumerate(zip(pairs, steps, strict=True)):
+            assert isinstance(model.head, LMHead)
+            model.head.most_labels = n
+            these = functools.partial(draw, length=spread * n, n_pairs=n, vocab_size=vocabulary)
+            size = tokens // (spread * n)
+            taken += train(
+                model,
+                drawn(these, size, seed * len(pairs) + phase),
+                most,
+                OptimizerConfig(lr=LR, weight_decay=0.0, warmup_steps=min(200, most // 2)),
+                checkpoint=checkpoint.with_suffix(f".{n}.pt"),
+                finished=lambda these=these, n=2048 // n: accuracy(model, these, VALIDATION, n) > 0.999,  # type: ignore[misc]
+                check_every=context.at(full=250, small=50, tiny=1),
+                label=f"{name}, d_model {width}, {n} pairs",
+            ).steps
         states = sum(M.numel() for state in model.init_state(1, max_length=length) for M in state.tensors().values())
         return {
-            _key(width): accuracy(model, these, TEST, n_test, batch_size),
+            _key(width): accuracy(model, these, TEST, context.at(full=1024, small=128, tiny=4)),
             f"state at {width}": float(states),
+            f"steps at {width}": float(taken),
         }
 
     lines = []
@@ -60,18 +69,21 @@ def run(context: Context) -> list[Table]:
         values: dict[str, list[float]] = {}
         for width in widths:
             values |= context.over_seeds(
-                f"{name} width={width} steps={steps}",
+                f"{name} width={width}",
                 lambda seed, checkpoint, name=name, width=width: trial(name, width, seed, checkpoint),  # type: ignore[misc]
             )
         wanted = (Bound(_key(widths[-1]), ">=", 0.99),) if name in ("gated_delta", "kda", "attention") else ()
-        lines.append(Line(name, values, "", wanted))
+        lines.append(Line(name, values, "", wanted, context.note(values)))
     columns = [Column(_key(width), f"d_model {width}", 1, percent=True) for width in widths]
     columns += [Column(f"state at {width}", f"numbers in the state at {width}", 0) for width in widths]
+    columns += [Column(f"steps at {width}", f"steps at {width}", 0) for width in widths]
     about = (
         f"Share of {n_pairs} values that are told rightly for their keys, in {length} tokens of a vocabulary of "
         f"{vocabulary:,}. Two layers; mixers with their default options and states of 16 in Mamba's, an MLP behind "
-        f"those whose published block has one. Batches of {batch_size}, AdamW, learning rate {LR:g} with warm-up and "
-        f"cosine, none tuned, until validation sequences are right or {steps:,} steps are done."
+        f"those whose published block has one. Trained with {', '.join(map(str, pairs))} pairs one after the other, in "
+        f"{spread} times as many tokens, batches of {tokens:,} tokens, AdamW, learning rate {LR:g} with warm-up and "
+        f"cosine at each, none tuned, until validation sequences are right or "
+        f"{', '.join(f'{n:,}' for n in steps)} steps are done, whether or not anything was learned."
     )
     return [Table("Recall of many keys", about, columns, lines)]
 
@@ -81,15 +93,15 @@ def _key(width: int) -> str:
 
 
 @torch.no_grad()
-def accuracy(model: SequenceModel, draw: functools.partial, seed: int, n: int, batch_size: int) -> float:
-    """Of the values that are asked for in the first n sequences of a set."""
+def accuracy(model: SequenceModel, draw: functools.partial, seed: int, n: int) -> float:
+    """Of the values that are asked for in the first n sequences of a set. Logits are computed of these alone."""
     device, right, asked = next(model.parameters()).device, 0, 0
-    for items in torch.arange(n, device=device).split(batch_size):
+    for items in torch.arange(n, device=device).split(_AT_ONCE):
         inputs, labels = draw(seed, items)
-        logits = model(inputs).logits
-        assert logits is not None
-        right += int((logits.argmax(-1) == labels).sum())  # no token is -100
-        asked += int((labels != -100).sum())
+        where = labels != -100
+        hidden = model.backbone(model.encoder(inputs))[where]
+        right += int((model.head.told(hidden[:, None])[:, 0].argmax(-1) == labels[where]).sum())
+        asked += len(hidden)
     return right / asked
 
 

@@ -1,4 +1,6 @@
-"""The loss in chunks of rows whose logits are computed again in the backward pass, in PyTorch, on any device."""
+"""The loss in chunks of rows whose logits are computed again in the backward pass, in PyTorch, on any device.
+
+On a CPU rows without a label are left out."""
 
 from __future__ import annotations
 
@@ -23,9 +25,13 @@ def why_not_cpu(arguments: LossArguments) -> str | None:
 def run(arguments: LossArguments) -> Any:
     """(loss,)."""
     hidden, weight, labels, ignore_index = arguments
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere counting waits for the device
+        counts = labels != ignore_index
+        if not bool(counts.all()):
+            hidden, labels = hidden[counts], labels[counts]
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     if len(labels) <= rows:
-        return (loss_of(*arguments),)
+        return (loss_of(hidden, weight, labels, ignore_index),)
     total = hidden.new_zeros((), dtype=working_dtype(hidden))
     for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
         total = total + torch.utils.checkpoint.checkpoint(

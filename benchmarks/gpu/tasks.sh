@@ -1,0 +1,38 @@
+#!/bin/bash
+# State tracking and recall of many keys, many trainings to a GPU within a given time: from the repository's root,
+#   OUT=FOLDER bash benchmarks/gpu/tasks.sh "GPUS" EACH SECONDS ["SEEDS"]
+# GPUS such as "0 1", EACH processes on each of them, SEEDS "0 1 2" if not given. KEPT=FILE: a tasks.tgz of an earlier call, which goes on.
+# What tells most comes first: seed after seed, of each parity, then recall, then the other machines.
+# What is finished is in $OUT/tasks.tgz every 10 s; what SECONDS cut off is lost. The log is $OUT/tasks.log.
+# What follows, once tasks.tgz is unpacked in a folder D, for state_tracking and recall each:
+#   mambaseq reproduce state_tracking --scale full --device cpu --only finished --out D/state_tracking
+set -u
+gpus=$1 each=$2 end=$3 seeds=${4:-0 1 2}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/domains:${PYTHONPATH:-} OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+SCALE=${SCALE:-full} DEVICE=${DEVICE:-cuda} OUT=${OUT:-/tmp/out} RUN=${RUN:-/dev/shm/tasks}; mkdir -p "$OUT" "$RUN"
+[ -z "${KEPT:-}" ] || tar xzf "$KEPT" -C "$RUN"
+# a line each: recipe, seed, names
+SEEDS=$seeds python3 - > "$RUN/jobs" <<'PYTHON' || exit 1
+import os
+from mambaseq_synthetic.recipes import recall, state_tracking
+machines = {task: [f"state_tracking\t{{}}\t{name}\t{task}" for name in state_tracking.MODELS] for task in state_tracking.TASKS}
+lines = [*machines.pop("parity"), *(f"recall\t{{}}\t{name}" for name in recall.MODELS), *(line for some in machines.values() for line in some)]
+print(*(line.format(seed) for seed in os.environ["SEEDS"].split() for line in lines), sep="\n")
+PYTHON
+n=$(wc -l < "$RUN/jobs"); echo 0 > "$RUN/taken"; : > "$OUT/tasks.log"
+keep() { (cd "$RUN" && t="$OUT/.tasks.$BASHPID.tgz" && tar czf "$t" */run.json */trials/*.json 2>/dev/null; [ -s "$t" ] && mv "$t" "$OUT/tasks.tgz"); }
+take() { (flock 9; i=$(($(cat "$RUN/taken") + 1)); echo $i > "$RUN/taken"; echo $i) 9>"$RUN/lock"; }
+work() { # GPU
+  export CUDA_VISIBLE_DEVICES=$1
+  while [ $((end - SECONDS)) -gt 15 ] && i=$(take) && [ "$i" -le "$n" ]; do
+    IFS=$'\t' read -r recipe seed name task <<< "$(sed -n "${i}p" "$RUN/jobs")"
+    timeout -k 5 $((end - SECONDS)) python3 -m mambaseq.cli.main reproduce "$recipe" --scale "$SCALE" --device "$DEVICE" --out "$RUN/$recipe" \
+      --seed "$seed" --only "$name" ${task:+"$task"} 2>&1 | while IFS= read -r line; do echo "gpu$1 +${SECONDS}s $line"; done
+  done
+}
+(while sleep 10; do keep; done) & keeper=$!
+workers=()
+for ((k = 0; k < each; k++)); do for gpu in $gpus; do work "$gpu" >> "$OUT/tasks.log" & workers+=($!); done; done
+tail -n +1 -F "$OUT/tasks.log" 2>/dev/null | grep --line-buffered -E "seed=[0-9]+:|CUDA graph|[Ee]rror" & teller=$!
+wait "${workers[@]}"
+sleep 1; kill $keeper $teller; keep; rm -f "$OUT"/.tasks.*.tgz; echo "$(ls "$RUN"/*/trials/*.json 2>/dev/null | wc -l) trials are finished after $SECONDS s"
