@@ -46,7 +46,7 @@ def distinct(words: Tensor, bound: int) -> Tensor:
     number = torch.arange(k, device=words.device)
     last = bound - k + number
     new = below(words, last + 1)
-    # a number that is taken already gives way to `last`: one that was drawn before, or one for which an earlier gave way
+    # a number that is taken gives way to `last`: one that was drawn before, or for which an earlier one gave way
     earlier = number[:, None] > number
     gives_way = ((new[:, :, None] == new[:, None]) & earlier).any(2)
     before = new - (bound - k)  # whose `last` it is

@@ -162,7 +162,6 @@ class Context:
             key: [one[key] for one in found if key in one] for key in dict.fromkeys(k for one in found for k in one)
         }
 
-
     def note(self, values: Mapping[str, list[float]]) -> str:
         """For a line whose values are `over_seeds`: of how few seeds the one with the fewest is; "" if of all."""
         fewest = min(map(len, values.values()), default=0)
