@@ -98,10 +98,10 @@ def run(context: Context) -> list[Table]:
         f"{batch_size}, trained at the lengths {', '.join(map(str, learned))} one after the other, every position's "
         f"state a target; AdamW, learning rate {lr:g} with warm-up and cosine at each, until validation sequences as "
         f"long are right or {first:,} steps are done, {steps:,} where the half was learned before; at the last, until "
-        f"those {_BEYOND} times as long are right or {last:,} steps are done. Step sizes of Mamba-2 and -3 begin between "
-        f"{_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer sequences are read in pieces, the state handed on. The "
-        "paper's figures, in percent, are each the best of 16 settings, trained at up to 160 tokens and tested at 256, "
-        "with multiplication before addition."
+        f"those {_BEYOND} times as long are right or {last:,} steps are done. Step sizes of Mamba-2 and -3 begin "
+        f"between {_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer sequences are read in pieces, the state handed on. "
+        "The paper's figures, in percent, are each the best of 16 settings, trained at up to 160 tokens and tested at "
+        "256, with multiplication before addition."
     )
     tables = []
     names = context.wanted(MODELS, TASKS)
