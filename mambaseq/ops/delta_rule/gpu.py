@@ -83,7 +83,7 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool, room: int
     if channels:
         walk = Shape(8, 3, 128) if whole else walk._replace(stages=min(stages, 2))
     return Plan(
-        pairs=Shape(8, 1, 0, 64) if channels else Shape(4, 1, 0, 128 // wide),
+        pairs=Shape(8, 1, 0, 64 if wide == 2 else 128) if channels else Shape(4, 1, 0, 128 // wide),
         walk=walk,
         output=Shape(4, 1, 128 // wide, 128),
         walk_back=walk_back,
@@ -191,9 +191,11 @@ class _Call:
         q_down, k_down, self.up = (self.empty(_SIZE, self.d_key, dtype=dtype) for _ in range(3))
         self.down_q, self.down_k = (q_down, 0, 0, 0), (k_down, 0, 0, 0)
         kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_channels")
+        self.exact = dtype != torch.bfloat16
+        self.sums = self.empty(2 if self.exact else 1, _SIZE, self.d_key, dtype=torch.float32)
         kernels.pairs_of_channels[grid](
-            *self.of_pairs, *self.rates, self.table, *self.place, self.total, self.scores, self.inverse,
-            q_down, k_down, self.up, self.heads, self.heads_of_key, **common,
+            *self.of_pairs, *self.rates, self.table, *self.place, self.total, self.sums, self.scores, self.inverse,
+            q_down, k_down, self.up, self.heads, self.heads_of_key, EXACT=self.exact, **common,
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -332,8 +334,8 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
                 num_warps=of.warps, num_stages=of.stages,
             )  # fmt: skip
             kernels.gradients_of_channels[grid](
-                *tensors, *call.rates, call.total, states, left, written, errors, of_pairs, of_keys,
-                call.table, *call.place, dq, dk, dv, dg, *after, **blocks,
+                *tensors, *call.rates[4:], call.total, call.sums, states, left, written, errors, of_pairs, of_keys,
+                call.table, *call.place, dq, dk, dv, dg, *after, EXACT=call.exact, **blocks,
             )  # fmt: skip
         else:
             dg = of_blocks(a.g)

@@ -2,11 +2,13 @@
 """Triton kernels of the delta rule with a decay a channel of the keys: what they do not share with a decay a head.
 
 Products of rows i and j < i, decayed in each channel by what lies between, are made in levels: on each, blocks of two
-positions, four and so on are cut in their middle, where the two factors meet. The factors' decays are at most 1, and
-each exponent is a sum over its own span, a product of g with a matrix of zeros and ones, not a difference of sums.
+positions, four and so on are cut in their middle, where the two factors meet, so that the factors' decays are at most
+1. Their exponents are differences of `sums` (chunks, heads, parts, SIZE, d_key), of log-decays in units of log 2 from
+the chunk's beginning. In bfloat16 there is one part. Else there are two, EXACT: sums of multiples of 1/64, which have
+all their digits, and of what is left, so that the differences have float32's.
 
 For `walk`, `output` and `walk_back` there are Q↓, K↓ and K↑ (chunks, heads, SIZE, d_key), and `total` (chunks, heads,
-d_key), the log-decay of a whole chunk in units of log 2.
+d_key), the log-decay of a whole chunk.
 """
 
 import triton
@@ -60,14 +62,59 @@ def _log_decays(g, row, g_row, n, here, N):
     return tl.where(log < _FORGOTTEN, _FORGOTTEN, log) * _LOG2_E  # NaN stays
 
 
+@triton.jit
+def _cut(log, EXACT: tl.constexpr):
+    """Multiples of 1/64, whose sums over a chunk have all digits, and the rest."""
+    coarse = tl.floor(log * 64) / 64 if EXACT else log
+    return coarse, log - coarse
+
+
+@triton.jit
+def _sums(sums, r, n, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """Of log-decays up to positions r, in two parts (positions, channels)."""
+    at = sums + r[:, None] * N + n[None, :]
+    known = (r < SIZE)[:, None] & (n < N)[None, :]
+    coarse = tl.load(at, mask=known, other=0.0)
+    return coarse, tl.load(at + SIZE * N, mask=known, other=0.0) if EXACT else coarse
+
+
+@triton.jit
+def _span(coarse, fine, sums, r, n, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """The sums of log-decays from behind positions r."""
+    other, rest = _sums(sums, r, n, N, SIZE, EXACT)
+    return (coarse - other) + (fine - rest) if EXACT else coarse - other
+
+
+@triton.jit
+def _since(coarse, fine, EXACT: tl.constexpr):
+    """The decays from the chunk's beginning."""
+    return tl.exp2(coarse + fine if EXACT else coarse)
+
+
+@triton.jit
+def _until(coarse, fine, sums, n, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """The decays to the chunk's end."""
+    return tl.exp2(-_span(coarse, fine, sums, tl.full([1], SIZE - 1, tl.int32), n, N, SIZE, EXACT))
+
+
+@triton.jit
+def _to_middle(coarse, fine, sums, i, n, level, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """The decays between positions and the middle of their blocks."""
+    middle = ((i >> level | 1) << level) - 1  # the last position of the earlier half
+    span = _span(coarse, fine, sums, middle, n, N, SIZE, EXACT)
+    return tl.exp2(tl.where((i >> level & 1 == 1)[:, None], span, -span))
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def pairs_of_channels(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
-    table, chunks, chunks_of_row, length, total, scores, inverse, q_down, k_down, k_up, heads, heads_of_key,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    table, chunks, chunks_of_row, length, total, sums, scores, inverse, q_down, k_down, k_up, heads, heads_of_key,
+    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See `pairs`; and Q↓, K↓ and K↑, those of keys only with beta for K↓."""
+    """See `pairs`; and `sums`, Q↓, K↓ and K↑, those of keys only with beta for K↓."""
     OPERAND: tl.constexpr = k.dtype.element_ty
+    PARTS: tl.constexpr = 2 if EXACT else 1
     c = tl.program_id(0)
     h = tl.program_id(1)
     i = tl.arange(0, SIZE)
@@ -78,30 +125,44 @@ def pairs_of_channels(
     q = _row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head
     k = _row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head
     g = _row(g, g_batch, g_row, batch, first) + h * g_head
+    sums += which * (PARTS * SIZE * N)
     later, earlier = i[:, None], i[None, :]
+    # the level on which a pair meets: the exponent of a number in float32
+    meet = (later ^ earlier).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    meet = tl.where(later > earlier, meet - 127, -1)
     products = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
+        at = i[:, None] * N + n[None, :]
+        known = (i < SIZE)[:, None] & (n < N)[None, :]
+        coarse, fine = _cut(_log_decays(g, row, g_row, n, here, N), EXACT)
+        tl.store(sums + at, _summed(earlier <= later, coarse), mask=known)
+        if EXACT:
+            tl.store(sums + SIZE * N + at, _summed(earlier <= later, fine), mask=known)
+        tl.debug_barrier()  # before other threads read them
+        coarse, fine = _sums(sums, i, n, N, SIZE, EXACT)
+        last = sums + (SIZE - 1) * N + n
+        whole = tl.load(last, mask=n < N, other=0.0)
+        if EXACT:
+            whole += tl.load(last + SIZE * N, mask=n < N, other=0.0)
+        tl.store(total + which * N + n, whole, mask=n < N)
         ks = _rows(k, row, k_row, n, here, N).to(tl.float32)
         qs = _rows(q, row, q_row, n, here, N).to(tl.float32)
-        log = _log_decays(g, row, g_row, n, here, N)
-        into = which * (SIZE * N) + i[:, None] * N + n[None, :]
-        known = (i < SIZE)[:, None] & (n < N)[None, :]
-        tl.store(total + which * N + n, tl.sum(log, axis=0), mask=n < N)
-        since = tl.exp2(_summed(earlier <= later, log))
+        into = which * (SIZE * N) + at
+        since = _since(coarse, fine, EXACT)
         tl.store(q_down + into, _as(qs * since, OPERAND), mask=known)
         if beta is not None:
             tl.store(k_down + into, _as(ks * since, OPERAND), mask=known)
-        tl.store(k_up + into, _as(ks * tl.exp2(_summed(earlier > later, log)), OPERAND), mask=known)
+        until = _until(coarse, fine, sums, n, N, SIZE, EXACT)
+        tl.store(k_up + into, _as(ks * until, OPERAND), mask=known)
         products += tl.where(later == earlier, tl.sum(qs * ks, axis=1)[:, None], 0.0)
         for level in range(0, _LEVELS):
-            decay = tl.exp2(_summed(_between(later, earlier, level), log))
-            meeting = _meet(later, earlier, level)
+            decay = _to_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
             right = _as(ks * decay, OPERAND)
-            products += tl.where(meeting, _dot(_as(qs * decay, OPERAND), tl.trans(right)), 0.0)
+            products += tl.where(meet == level, _dot(_as(qs * decay, OPERAND), tl.trans(right)), 0.0)
             if beta is not None:
-                overlaps += tl.where(meeting, _dot(right, tl.trans(right)), 0.0)
+                overlaps += tl.where(meet == level, _dot(right, tl.trans(right)), 0.0)
     at = which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :]
     tl.store(scores + at, _as(products, scores.dtype.element_ty))
     if beta is not None:
@@ -146,10 +207,10 @@ def gradients_of_pairs(
 @triton.jit(do_not_specialize=_CHANGING)
 def gradients_of_channels(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, dy, dy_batch, dy_row, dy_head,
-    g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head, total, states, left, written, errors, of_pairs, of_keys,
+    beta, b_batch, b_row, b_head, total, sums, states, left, written, errors, of_pairs, of_keys,
     table, chunks, chunks_of_row, length, dq, dk, dv, dg, dbeta, apart, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
+    REVERSE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """See `gradients`; dg (batch, length, heads, d_key)."""
     OPERAND: tl.constexpr = v.dtype.element_ty
@@ -210,8 +271,9 @@ def gradients_of_channels(
     later, earlier = i[:, None], i[None, :]
     ks = _rows(_row(k, k_batch, k_row, batch, first) + h // heads_of_key * k_head, row, k_row, n, here, N)
     qs = _rows(_row(q, q_batch, q_row, batch, first) + h // heads_of_key * q_head, row, q_row, n, here, N)
-    log = _log_decays(_row(g, g_batch, g_row, batch, first) + h * g_head, row, g_row, n, here, N)
-    decay = tl.exp2(_summed(earlier <= later, log))
+    sums += which * ((2 if EXACT else 1) * SIZE * N)
+    coarse, fine = _sums(sums, i, n, N, SIZE, EXACT)
+    decay = _since(coarse, fine, EXACT)
     of_q *= decay
     since = of_q * qs.to(tl.float32)
     if beta is not None:
@@ -219,7 +281,7 @@ def gradients_of_channels(
         of_rate += tl.sum(of_read * ks.to(tl.float32), axis=1)
         of_read *= rate[:, None]
         since += of_read * ks.to(tl.float32)
-    of_k *= tl.exp2(_summed(earlier > later, log))
+    of_k *= _until(coarse, fine, sums, n, N, SIZE, EXACT)
     of_decay = _summed(later <= earlier, since) + _summed(later > earlier, of_k * ks.to(tl.float32))
     of_decay += (_decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow)[None, :]
     of_k += of_read
@@ -237,7 +299,7 @@ def gradients_of_channels(
         keys_back = tl.load(of_keys + earlier * SIZE + later).to(tl.float32) * rate[None, :]
         keys_back, scale_keys_back = _narrow(keys_back, ks)
     for level in range(0, _LEVELS):
-        decay = tl.exp2(_summed(_between(later, earlier, level), log))
+        decay = _to_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
         meeting = _meet(later, earlier, level)
         meeting_back = _meet(earlier, later, level)
         right = _as(ks.to(tl.float32) * decay, OPERAND)
