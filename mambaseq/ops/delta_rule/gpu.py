@@ -155,7 +155,7 @@ class _Call:
         self.d_key = a.k.shape[3]
         self.heads_of_key = self.heads // a.k.shape[2]
         # tiles have room for one dtype of operands
-        self.q, self.k, self.v = (dual._rows(value.to(a.v.dtype)) for value in (a.q, a.k, a.v))
+        self.q, self.k, self.v = (dual.side_by_side(value.to(a.v.dtype)) for value in (a.q, a.k, a.v))
         self.kept_dtype = torch.bfloat16 if a.v.dtype == torch.bfloat16 else torch.float32
         self.n_sequences = sequences.count(a.v, a.cu_seqlens)
         self.table = self.bounds = None
@@ -170,7 +170,7 @@ class _Call:
         self.scores = self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
         self.inverse = None if a.beta is None else self.empty(_SIZE, _SIZE, dtype=self.kept_dtype)
         self.of_pairs = (self.q, *self.q.stride()[:3], self.k, *self.k.stride()[:3])
-        g = None if a.g is None else dual._rows(a.g) if self.channels else a.g
+        g = None if a.g is None else dual.side_by_side(a.g) if self.channels else a.g
         self.rates = (*_strided(g), *_strided(a.beta))
         shape, dtype = self.plan.pairs, a.v.dtype
         common = {"N": self.d_key, "BLOCK_N": min(_block(self.d_key), shape.columns), "SIZE": _SIZE,
@@ -293,7 +293,7 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
     with portable.on(a.v):
         call = _Call(a)
         states, written, _ = call.walk(False)
-        dy = dual._rows(dy.to(a.v.dtype))
+        dy = dual.side_by_side(dy.to(a.v.dtype))
         left, errors = torch.empty_like(states), torch.empty_like(written)
         walked = (*call.down_q, *call.down_k, call.up, dy, *dy.stride()[:3], *call.rates[4:],
                    call.total, call.scores, call.inverse)  # fmt: skip
