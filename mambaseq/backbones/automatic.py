@@ -15,6 +15,9 @@ from mambaseq.ops.gpu import capture
 
 EAGER_CALLS = 4  # calls with a shape before its capture; doubled each time that another shape replaces it
 MOST_POSITIONS = 32_768  # of a batch: in longer ones, kernels take longer than their launches
+# of a chunk's input: a Mamba's layer takes an H200 as long as its host at 2^24.5 numbers (5 ms), where ranks wait for
+# each other's hosts, and less than half as long again at 2^25
+MOST_NUMBERS_OF_CHUNKS = 2**25
 _KNOWN = ("mambaseq", "torch")  # packages whose modules do nothing on the host that a replay would skip
 
 
@@ -34,6 +37,11 @@ class Automatic:
             return False
         distributed = torch.distributed
         return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+
+    def is_of_use_in_chunks(self, shape: torch.Size) -> bool:
+        """The same of chunks `(batch, length, d_model)`, whose gradients come at the end of all anyway, with several
+        processes, too."""
+        return shape.numel() <= MOST_NUMBERS_OF_CHUNKS and not capture.capturing.locked()
 
 
 def is_safe(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq import parallel
-from mambaseq.backbones import relay
+from mambaseq.backbones import relay, staged
 from mambaseq.backbones.graphed import CudaGraph, StepGraphs
+from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, RMSNorm, make_norm
@@ -127,10 +128,12 @@ class Backbone(nn.Module, abc.ABC):
     A subclass makes its modules, then calls `check_chunks`; it has `_run`, or a `forward` of its own.
     takes_mask: whether `forward` takes a `mask=` of real positions, because these depend on the padding after them.
         strands: how many vectors of size d_model a position has. splits_time: whether it can be given a rank's part of
-        sequences that are split along time (see `mambaseq.parallel`).
+        sequences that are split along time (see `mambaseq.parallel`). one_stack: whether `_run` calls `_through` once,
+        over all layers, so that chunks may be replayed from CUDA graphs (see `backbones/staged.py`).
     """
 
     splits_time: ClassVar[bool] = False
+    one_stack: ClassVar[bool] = False
     takes_mask: ClassVar[bool] = False
     strands: ClassVar[int] = 1
     d_model: int
@@ -155,6 +158,7 @@ class Backbone(nn.Module, abc.ABC):
         self.context_parallel = context_parallel
         self.context_states: ContextStates = "auto"
         self.graphs = StepGraphs(cuda_graph == "auto")
+        self.chunk_graphs = ChunkGraphs(cuda_graph == "auto")
 
     def check_chunks(self) -> None:
         """Raise ConfigError for a chunk_length with a mixer that cannot be run in chunks."""
@@ -205,7 +209,15 @@ class Backbone(nn.Module, abc.ABC):
             from mambaseq.backbones.chunks import run_in_chunks  # imports the compiler, which most runs do not need
 
             y, states = run_in_chunks(
-                self, self._run, self.init_state, x, state, cu_seqlens, return_state, self.chunk_length
+                self,
+                self._run,
+                self.init_state,
+                x,
+                state,
+                cu_seqlens,
+                return_state,
+                self.chunk_length,
+                graphs=self._graphs_of_chunks(),
             )
         return (y, states) if return_state else y
 
@@ -242,7 +254,21 @@ class Backbone(nn.Module, abc.ABC):
         from mambaseq.backbones.chunks import run_in_chunks
 
         bundles = relay.Bundles(part, self._owners(), x)
-        return run_in_chunks(self, self._run, self.init_state, x, state, cu_seqlens, return_state, longest, bundles)
+        return run_in_chunks(
+            self,
+            self._run,
+            self.init_state,
+            x,
+            state,
+            cu_seqlens,
+            return_state,
+            longest,
+            bundles,
+            self._graphs_of_chunks(),
+        )
+
+    def _graphs_of_chunks(self) -> ChunkGraphs | None:
+        return self.chunk_graphs if self.one_stack and self.cuda_graph and not self.checkpoint else None
 
     def _owners(self) -> list[relay.Owner]:
         """Of the states that ranks hand on, in the order in which they run."""
@@ -304,17 +330,38 @@ class Backbone(nn.Module, abc.ABC):
         states."""
         branch: Tensor | None = None
         states: list[Any] = []
-        handing_on = relay.current()
-        for index, layer in enumerate(layers):
-            old = None if state is None else state[index]
+        handing_on, replayed = relay.current(), staged.current()
+        for stage in [list(layers)] if handing_on is None else handing_on.stages(layers):
+            old = [None] * len(stage) if state is None else state[len(states) : len(states) + len(stage)]
+            around = handing_on.around if handing_on is not None and handing_on.gathers else None
+            run: relay.RunLayers = functools.partial(self._stage, stage, cu_seqlens, around)
+            if replayed is not None and cu_seqlens is None:
+                run = replayed.around(stage, run)
             if handing_on is None:
-                branch, residual, new = self._layer(layer, cu_seqlens, branch, residual, old, return_state)
+                branch, residual, new = run(branch, residual, old, return_state)
             else:
-                mixer: Any = layer.mixer
-                run = functools.partial(self._layer, handing_on.around(layer), cu_seqlens)
-                branch, residual, new = handing_on.run(mixer, run, branch, residual, old, return_state)
-            states.append(new)
+                mixers: list[Any] = [layer.mixer for layer in stage]
+                branch, residual, new = handing_on.run_stage(mixers, run, branch, residual, old, return_state)
+            states += new
         return branch, residual, states
+
+    def _stage(
+        self,
+        layers: Sequence[Any],
+        cu_seqlens: Tensor | None,
+        around: Callable[[Any], Any] | None,
+        branch: Tensor | None,
+        residual: Tensor,
+        states: list[Any],
+        return_state: bool,
+    ) -> tuple[Any, Tensor, list[Any]]:
+        """Layers that follow each other; a state or None for each."""
+        found = []
+        for layer, state in zip(layers, states, strict=True):
+            called = layer if around is None else around(layer)
+            branch, residual, new = self._layer(called, cu_seqlens, branch, residual, state, return_state)
+            found.append(new)
+        return branch, residual, found
 
     def _layer(
         self,

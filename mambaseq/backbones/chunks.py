@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from mambaseq.backbones.graphed import in_place_of
 from mambaseq.backbones.relay import Bundles, Relay
+from mambaseq.backbones.staged import ChunkGraphs, Staged
 from mambaseq.errors import ConfigError
 from mambaseq.ops import sequences
 from mambaseq.parallel import Part
@@ -136,6 +138,8 @@ class _Job:
     layout: _Layout | None = None
     # of each chunk, where sequences are split over ranks
     relays: list[Relay] | None = None
+    # what replays chunks, where that may be
+    staged: Staged | None = None
     random: list[Any] = dataclasses.field(default_factory=list)
 
     def entering(self, chunk: Piece | _Own, given: Sequence[Tensor], carried: Sequence[Tensor]) -> list[Tensor] | None:
@@ -168,6 +172,16 @@ class _Job:
             self.layout = _Layout.of(new)
         return y, _tensors(new)
 
+    def holding(
+        self, parameters: Sequence[Tensor] = (), totals: list[Tensor | None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `Staged`."""
+        return contextlib.nullcontext() if self.staged is None else self.staged.holding(parameters, totals)
+
+    def running(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        """See `Staged`."""
+        return contextlib.nullcontext() if self.staged is None else self.staged.running(x)
+
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None, given: Sequence[Tensor], keep: bool
     ) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
@@ -180,10 +194,12 @@ class _Job:
             if keep:
                 kept.append(carried)
                 self.random.append(_random_state(x))
-            with contextlib.nullcontext() if self.relays is None else self.relays[index].running():
-                part, states = self.run_chunk(
-                    chunk, x[:, chunk.begin : chunk.end], self.entering(chunk, given, carried), cu_seqlens
-                )
+            x_chunk = x[:, chunk.begin : chunk.end]
+            with (
+                contextlib.nullcontext() if self.relays is None else self.relays[index].running(),
+                self.running(x_chunk),
+            ):
+                part, states = self.run_chunk(chunk, x_chunk, self.entering(chunk, given, carried), cu_seqlens)
             if y is None:
                 y = part.new_empty(*x.shape[:2], *part.shape[2:])
             y[:, chunk.begin : chunk.end] = part
@@ -196,18 +212,10 @@ class _Job:
         assert y is not None
         return y, [torch.cat(parts) for parts in zip(*finished, strict=True)], kept  # states (sequences, ...)
 
-    @contextlib.contextmanager
-    def with_parameters(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+    def with_parameters(self, leaves: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
         """The module with other tensors in place of its parameters: hooks of the parameters must see only the sum over
         all chunks."""
-        found = [module._parameters[name] for module, name, _ in self.places]
-        try:
-            for module, name, index in self.places:
-                module._parameters[name] = leaves[index]  # type: ignore[assignment]
-            yield
-        finally:
-            for (module, name, _), parameter in zip(self.places, found, strict=True):
-                module._parameters[name] = parameter
+        return in_place_of([(module._parameters, name, leaves[index]) for module, name, index in self.places])
 
 
 class _InChunks(torch.autograd.Function):
@@ -216,7 +224,8 @@ class _InChunks(torch.autograd.Function):
         ctx: Any, job: _Job, x: Tensor, cu_seqlens: Tensor | None, n_given: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         given, parameters = tensors[:n_given], tensors[n_given:]
-        y, final, kept = job.forward(x, cu_seqlens, given, keep=True)
+        with job.holding():
+            y, final, kept = job.forward(x, cu_seqlens, given, keep=True)
         ctx.job, ctx.n_given, ctx.sizes = job, n_given, [len(states) for states in kept]
         ctx.save_for_backward(x, cu_seqlens, *given, *parameters, *(t for states in kept for t in states))
         ctx.set_materialize_grads(False)
@@ -239,35 +248,41 @@ class _InChunks(torch.autograd.Function):
         dparameters: list[Tensor | None] = [None] * n_parameters
         dgiven: list[list[Tensor]] = [[] for _ in given]
         dcarried: list[Tensor | None] = []
-        for index in range(len(job.chunks) - 1, -1, -1):
-            chunk = job.chunks[index]
-            # with a relay, so that every layer hands its gradient on
-            x_chunk = x[:, chunk.begin : chunk.end].detach().requires_grad_(wants_x or job.relays is not None)
-            entering = job.entering(chunk, given, carried[index])
-            states = None if entering is None else [t.detach().requires_grad_(_differentiable(t)) for t in entering]
-            with (
-                torch.enable_grad(),
-                job.with_parameters(leaves),
-                job.surroundings.with_random(job.random[index]),
-                contextlib.nullcontext() if job.relays is None else job.relays[index].again(),
-            ):
-                y, left = job.run_chunk(chunk, x_chunk, states, cu_seqlens)
-                doutputs = [
-                    None if dy is None else dy[:, chunk.begin : chunk.end],
-                    *(_joined(*three, chunk) for three in itertools.zip_longest(left, dfinal, dcarried)),
-                ]
-                found = _gradients([y, *left], doutputs, [x_chunk, *leaves, *(states or [])])
-            del y, left, x_chunk, states, doutputs
-            if dx is not None and found[0] is not None:
-                dx[:, chunk.begin : chunk.end] = found[0]
-            _accumulate(dparameters, found[1 : 1 + n_parameters])
-            dstates = found[1 + n_parameters :]
-            dcarried = [None if d is None else d[: chunk.carried_in] for d in dstates] if chunk.carried_in else []
-            for parts, wanted, tensor, d in zip(dgiven, wants_given, given, dstates, strict=False):
-                if wanted:
-                    new = tensor[chunk.entering]
-                    parts.append(torch.zeros_like(new) if d is None else d[chunk.carried_in :])
-            del found, dstates  # before another chunk is run
+        with job.holding(parameters, dparameters):
+            for index in range(len(job.chunks) - 1, -1, -1):
+                chunk = job.chunks[index]
+                x_chunk = x[:, chunk.begin : chunk.end].detach()
+                replays = job.staged is not None and job.staged.replays(x_chunk)
+                # with a relay, so that every layer hands its gradient on; replayed layers have no other one
+                x_chunk.requires_grad_(wants_x or job.relays is not None or replays)
+                entering = job.entering(chunk, given, carried[index])
+                states = None if entering is None else [t.detach().requires_grad_(_differentiable(t)) for t in entering]
+                with (
+                    torch.enable_grad(),
+                    job.with_parameters(leaves),
+                    contextlib.nullcontext() if replays else job.surroundings.with_random(job.random[index]),
+                    contextlib.nullcontext() if job.relays is None else job.relays[index].again(),
+                    job.running(x_chunk),
+                ):
+                    y, left = job.run_chunk(chunk, x_chunk, states, cu_seqlens)
+                    doutputs = [
+                        None if dy is None else dy[:, chunk.begin : chunk.end],
+                        *(_joined(*three, chunk) for three in itertools.zip_longest(left, dfinal, dcarried)),
+                    ]
+                    found = _gradients([y, *left], doutputs, [x_chunk, *leaves, *(states or [])])
+                del y, left, x_chunk, states, doutputs
+                if dx is not None and found[0] is not None:
+                    dx[:, chunk.begin : chunk.end] = found[0]
+                _accumulate(dparameters, found[1 : 1 + n_parameters])
+                dstates = found[1 + n_parameters :]
+                dcarried = [None if d is None else d[: chunk.carried_in] for d in dstates] if chunk.carried_in else []
+                for parts, wanted, tensor, d in zip(dgiven, wants_given, given, dstates, strict=False):
+                    if wanted:
+                        new = tensor[chunk.entering]
+                        parts.append(torch.zeros_like(new) if d is None else d[chunk.carried_in :])
+                del found, dstates  # before another chunk is run
+            if job.staged is not None:
+                dparameters = job.staged.given_out(dparameters)
         return (
             None,
             dx,
@@ -345,6 +360,7 @@ def run_in_chunks(
     return_state: bool,
     chunk_length: int,
     bundles: Bundles | None = None,
+    graphs: ChunkGraphs | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """`run(x, state, cu_seqlens, return_state)`, over `chunk_length` positions at a time.
 
@@ -356,6 +372,7 @@ def run_in_chunks(
     module: what `run` computes with. init_state: n → states of n empty histories. x `(batch, length, d_model)`, any
         float dtype; cu_seqlens `(sequences + 1,)`, whose values are read on the host once (waiting for the GPU), since
         they decide how sequences are cut. bundles: x is a rank's part of split sequences, whose pieces are the chunks.
+        graphs: replay chunks from these; for a `run` that calls the module's `_through` once.
         Raises ValueError for states of another number of sequences, and ConfigError for gradients of parameters that
         are shards, as FSDP's of single layers are.
     """
@@ -395,6 +412,11 @@ def run_in_chunks(
     )
     if torch.is_grad_enabled() and (bundles is not None or any(t.requires_grad for t in (x, *given, *parameters))):
         _check_whole(parameters)
+        if graphs is not None and cu_seqlens is None:
+            lengths = [chunk.end - chunk.begin for chunk in chunks]
+            width = None if bundles is None else bundles.width
+            autocast, casting = tuple(job.surroundings.autocast), job.surroundings.casting
+            job.staged = graphs.begin(module, x, lengths, autocast, casting, width)
         if bundles is not None and not x.requires_grad:  # on every rank alike: others wait for gradients
             x = x.detach().requires_grad_()
         y, *final = _InChunks.apply(job, x, cu_seqlens, len(given), *given, *parameters)

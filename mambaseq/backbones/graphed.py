@@ -8,10 +8,11 @@ backward runs without the graph. Everything that leaves a pair (output, gradient
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from mambaseq.backbones.automatic import Automatic, is_safe, leaving_room
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
+from mambaseq.ops.gpu.capture import Recorder
+
+_LOG = logging.getLogger(__name__)
+_Made = TypeVar("_Made")
+_Found = TypeVar("_Found")
 
 Run = Callable[[Tensor], Tensor]
 CudaGraph = bool | Literal["auto"]
@@ -27,8 +33,8 @@ CudaGraph = bool | Literal["auto"]
 
 MOST_GRAPHS = 4  # pairs of a module: each holds the activations of a step
 EAGER_CALLS = 2  # calls with a key before its capture: by then kernels are compiled, and rare shapes never get there
-_WARM_UPS = 2
-_MOST_KEYS = 64  # that are counted
+WARM_UPS = 2
+MOST_KEYS = 64  # that are counted
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -42,38 +48,113 @@ class Key(NamedTuple):
     switches: tuple[Any, ...]
 
 
-class StepGraphs:
-    """The graphs of a module's training steps. A copy, or one read from a file, has none.
+class Graphs(Generic[_Made]):
+    """What was captured of a module, by key. A copy, or one read from a file, has none.
 
-    A replay does not repeat what `run` does on the host, and everything learned must be a parameter of the module.
+    A replay does not repeat what the module does on the host, and everything learned must be a parameter of it.
     Replays read and write parameters and buffers at their addresses: these may change in place; moved or replaced ones
-    are captured again. There are no second derivatives, and there is one backward pass for each forward pass, unless
-    graphs are automatic: what a replay cannot give is then computed without it. Under DistributedDataParallel all
-    gradients come at once, so their reduction does not overlap the module's backward pass; sharded parameters (DTensor,
-    FSDP) are never captured.
+    are captured again. Sharded parameters (DTensor, FSDP) are never captured.
+
+    why_not: the reason why nothing is captured any more; the log has it too (debug), with its traceback.
     """
+
+    what = "Training"
 
     def __init__(self, automatic: bool = False) -> None:
         self._policy = Automatic() if automatic else None
-        self._pairs: dict[Key, _Pair] = {}
+        self._pairs: dict[Key, _Made] = {}
         self._calls: dict[Key, int] = {}
         self._refused: set[Key] = set()
         self._addresses: tuple[int, ...] = ()
         self._may_capture = True
         self._stream: torch.cuda.Stream | None = None  # one for all captures: cuBLAS keeps a workspace for each
         self.replays = 0
+        self.why_not: str | None = None
 
     def __reduce__(self) -> Any:
         return type(self), (self._policy is not None,)
 
     @property
     def captured(self) -> int:
-        """The number of pairs."""
+        """The number of keys for which there are graphs."""
         return len(self._pairs)
+
+    def find(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        key: Key,
+        addresses: tuple[int, ...],
+        make: Callable[[Recorder], _Made],
+        calls: int = 1,
+    ) -> _Made | None:
+        """What was captured for this key, now or before; None if this call, or as many of them, are to be run without.
+
+        make: captures it; raises RuntimeError if it cannot be captured.
+        """
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._pairs.clear()
+            self._calls.clear()
+            self._refused.clear()
+        if (made := self._pairs.get(key)) is not None:
+            return made
+        if key in self._refused or not self.is_due(key, calls):
+            return None
+        if self._policy is not None and not is_safe(module):
+            self._refused.add(key)
+            return None
+        return self._capture(device, key, make)
+
+    def is_due(self, key: Key, calls: int = 1) -> bool:
+        """Count calls; whether the graphs for them are to be captured."""
+        if self._policy is None and len(self._pairs) >= MOST_GRAPHS:
+            return False
+        if key not in self._calls and len(self._calls) >= MOST_KEYS:
+            self._calls.clear()
+            self._refused.clear()
+        before = self._calls.get(key, 0)
+        self._calls[key] = before + calls
+        return before >= (EAGER_CALLS if self._policy is None else self._policy.eager_calls)
+
+    def _capture(self, device: torch.device, key: Key, make: Callable[[Recorder], _Made]) -> _Made | None:
+        if self._policy is not None and self._pairs:  # of an earlier shape: one at a time
+            self._pairs.clear()
+            self._policy.eager_calls *= 2
+        try:
+            with capture.capturing, self._recording(device) as record:
+                made = make(record)
+        except RuntimeError as error:
+            self._may_capture = False
+            self._pairs.clear()
+            self.why_not = str(error).partition("\n")[0].rstrip(".")
+            _LOG.debug("%s without CUDA graphs: %s", self.what, self.why_not, exc_info=True)
+            if self._policy is None:  # requested by the user
+                warnings.warn(f"{self.what} without CUDA graphs: {self.why_not}.", RuntimeWarning, stacklevel=5)
+            return None
+        self._pairs[key] = made
+        del self._calls[key]
+        return made
+
+    @contextlib.contextmanager
+    def _recording(self, device: torch.device) -> Iterator[Recorder]:
+        with torch.cuda.device(device), contextlib.nullcontext() if self._policy is None else leaving_room():
+            if self._stream is None or self._stream.device != device:
+                self._stream = torch.cuda.Stream()
+            yield Recorder(self._stream)
+
+
+class StepGraphs(Graphs["_Pair"]):
+    """The graphs of a module's training steps; see `Graphs`.
+
+    There are no second derivatives, and there is one backward pass for each forward pass, unless graphs are automatic:
+    what a replay cannot give is then computed without it. Under DistributedDataParallel all gradients come at once, so
+    their reduction does not overlap the module's backward pass.
+    """
 
     def __call__(self, module: nn.Module, run: Run, x: Tensor) -> Tensor | None:
         """`run(x)` with its gradients, or None if it must be run without a graph. x `(batch, length, d_model)`."""
-        if not self._may_capture or not _is_training_step(module, x):
+        if not self._may_capture or not is_training_step(module, x):
             return None
         if self._policy is not None and not self._policy.is_of_use(x):
             return None
@@ -83,71 +164,31 @@ class StepGraphs:
         addresses, switches, learned = found
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = Key(x.shape, x.dtype, x.requires_grad, autocast, switches)
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._pairs.clear()
-            self._calls.clear()
-            self._refused.clear()
-        pair = self._pairs.get(key)
-        if pair is None:
-            if key in self._refused or not self.is_due(key):
-                return None
-            if self._policy is not None and not is_safe(module):
-                self._refused.add(key)
-                return None
-            pair = self._capture(module, run, x, key, learned)
-            if pair is None:
-                return None
-        if pair.is_busy():
+        pair = self.find(
+            module, x.device, key, addresses, lambda record: _Pair(module, run, x, learned, autocast, record)
+        )
+        if pair is None or pair.is_busy():
             return None
         self.replays += 1
         return _Replay.apply(pair, None if self._policy is None else run, x, *learned)
 
-    def is_due(self, key: Key) -> bool:
-        """Count a call; whether it is the one to capture."""
-        if self._policy is None and len(self._pairs) >= MOST_GRAPHS:
-            return False
-        if key not in self._calls and len(self._calls) >= _MOST_KEYS:
-            self._calls.clear()
-            self._refused.clear()
-        calls = self._calls[key] = self._calls.get(key, 0) + 1
-        return calls > (EAGER_CALLS if self._policy is None else self._policy.eager_calls)
 
-    def _capture(self, module: nn.Module, run: Run, x: Tensor, key: Key, learned: list[nn.Parameter]) -> _Pair | None:
-        if self._policy is not None and self._pairs:  # of an earlier shape: one at a time
-            self._pairs.clear()
-            self._policy.eager_calls *= 2
-        try:
-            with torch.cuda.device(x.device), capture.capturing:
-                if self._stream is None or self._stream.device != x.device:
-                    self._stream = torch.cuda.Stream()
-                room = contextlib.nullcontext() if self._policy is None else leaving_room()
-                with room:
-                    pair = _Pair(module, run, x, learned, key.autocast, self._stream)
-        except RuntimeError as error:
-            self._may_capture = False
-            self._pairs.clear()
-            if self._policy is not None:  # not requested by the user
-                return None
-            reason = str(error).partition("\n")[0].rstrip(".")
-            warnings.warn(f"Training without CUDA graphs: {reason}.", RuntimeWarning, stacklevel=4)
-            return None
-        self._pairs[key] = pair
-        del self._calls[key]
-        return pair
+def on_gpu(device: torch.device) -> bool:
+    """Whether there are graphs on this device."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def _is_training_step(module: nn.Module, x: Tensor) -> bool:
+def is_training_step(module: nn.Module, x: Tensor) -> bool:
+    """Whether this call is one whose graphs may be captured or replayed."""
     return (
         module.training
-        and x.is_cuda
+        and on_gpu(x.device)
         and x.numel() > 0
         and torch.is_grad_enabled()
         and is_eager(x)
         and not getattr(module, "_is_replica", False)  # DataParallel's replicas have no real parameters
         and not torch.is_anomaly_enabled()
         and not _has_any_global_hook()
-        and not torch.cuda.is_current_stream_capturing()
     )
 
 
@@ -216,51 +257,35 @@ class _Pair:
         x: Tensor,
         learned: list[nn.Parameter],
         autocast: torch.dtype | None,
-        stream: torch.cuda.Stream,
+        record: Recorder,
     ) -> None:
         self.autocast = autocast
         self._turn: weakref.ref[_Turn] | None = None
         self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
         # separate leaves: autograd would accumulate into the model's own on the stream that first used them
         leaves = {p: p.detach().requires_grad_() for p in learned}
+        places = places_of(module, leaves)
         inputs = [*([self._x] if x.requires_grad else []), *leaves.values()]
 
         def forward() -> Tensor:
-            with _casting(autocast), torch.enable_grad(), _in_place_of(module, leaves):
+            with _casting(autocast), torch.enable_grad(), in_place_of(places):
                 return run(self._x)
 
-        dy = self._warm_up(module, forward, inputs, stream)
-        torch.cuda.empty_cache()  # memory that this took: a capture takes its own memory, and cannot free other
-        pool = torch.cuda.graph_pool_handle()
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        y = capture.capture(self._forward, forward, stream, pool)
-        found = capture.capture(self._backward, lambda: _gradients(y, inputs, dy), stream, pool)
-        self._y, self._dy = y.detach(), dy
-        gradients = [None if d is None else d.detach() for d in found]
-        self._dx = gradients.pop(0) if x.requires_grad else None
-        self._gradients = [d for d in gradients if d is not None]
-        self._has_gradient = [d is not None for d in gradients]
-
-    def _warm_up(
-        self, module: nn.Module, forward: Callable[[], Tensor], inputs: Sequence[Tensor], stream: torch.cuda.Stream
-    ) -> Tensor:
-        """Run it a few times and restore buffers and random numbers. Returns the memory for the output's gradient."""
-
         def steps() -> Tensor:
-            for _ in range(_WARM_UPS):
+            for _ in range(WARM_UPS):
                 y = forward()
-                _check_leaves(y, inputs)
-                _gradients(y, inputs, torch.zeros_like(y))
+                check_leaves([y], inputs)
+                gradients([y], inputs, [torch.zeros_like(y)])
             return y.detach()
 
-        before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        with torch.random.fork_rng([self._x.device.index]):
-            y, waits = capture.warm_up(steps, stream)
-        for buffer, value in before:
-            buffer.copy_(value)
-        if waits:
-            raise RuntimeError("a layer waits for the GPU")
-        return torch.zeros_like(y)
+        dy = torch.zeros_like(warmed_up(module, x.device, record, steps))  # the memory for the output's gradient
+        self._forward, y = record(forward)
+        self._backward, found = record(lambda: gradients([y], inputs, [dy]))
+        self._y, self._dy = y.detach(), dy
+        ready = [None if d is None else d.detach() for d in found]
+        self._dx = ready.pop(0) if x.requires_grad else None
+        self._gradients = [d for d in ready if d is not None]
+        self._has_gradient = [d is not None for d in ready]
 
     def is_busy(self) -> bool:
         """Whether the activations of a forward pass are still waiting for its backward."""
@@ -335,34 +360,58 @@ def _casting(autocast: torch.dtype | None) -> torch.autocast:
     return torch.autocast("cuda", dtype=autocast, enabled=autocast is not None, cache_enabled=False)
 
 
-@contextlib.contextmanager
-def _in_place_of(module: nn.Module, leaves: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """The module with these tensors in place of its parameters."""
-    places = [
-        (owner._parameters, name, parameter)
+def warmed_up(module: nn.Module, device: torch.device, record: Recorder, run: Callable[[], _Found]) -> _Found:
+    """What `run` returns, run as before a capture; buffers and random numbers are restored.
+
+    Raises RuntimeError if it waits for the GPU.
+    """
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
+        found, waits = record.warm_up(run)
+    for buffer, value in before:
+        buffer.copy_(value)
+    if waits:
+        raise RuntimeError("a layer waits for the GPU")
+    return found
+
+
+Places = list[tuple[dict[str, Any], str, Tensor]]
+
+
+def places_of(module: nn.Module, leaves: Mapping[nn.Parameter, Tensor]) -> Places:
+    """Where a module has its parameters, and what is to be in their place."""
+    return [
+        (owner._parameters, name, leaves[parameter])
         for owner in module.modules()
         for name, parameter in owner._parameters.items()
         if parameter is not None and parameter in leaves
     ]
+
+
+@contextlib.contextmanager
+def in_place_of(places: Places) -> Iterator[None]:
+    """A module with other tensors in place of its parameters."""
+    before = [table[name] for table, name, _ in places]
     try:
-        for table, name, parameter in places:
-            table[name] = leaves[parameter]  # type: ignore[assignment]
+        for table, name, leaf in places:
+            table[name] = leaf
         yield
     finally:
-        for table, name, parameter in places:
+        for (table, name, _), parameter in zip(places, before, strict=True):
             table[name] = parameter
 
 
-def _gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
-    with torch.autocast("cuda", enabled=False):  # on only in the forward pass, as usual
-        return torch.autograd.grad(y, inputs, dy, allow_unused=True)
+def gradients(ys: Sequence[Tensor], inputs: Sequence[Tensor], dys: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of the inputs, from those of the outputs; autocast is on only in the forward pass, as usual."""
+    with torch.autocast(ys[0].device.type, enabled=False):
+        return torch.autograd.grad(ys, inputs, dys, allow_unused=True)
 
 
-def _check_leaves(y: Tensor, inputs: Sequence[Tensor]) -> None:
+def check_leaves(ys: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Raise RuntimeError if a learned tensor is not a parameter of the module: its gradient would be lost."""
     known = {id(tensor) for tensor in inputs}
     seen: set[Any] = set()
-    waiting: list[Any] = [y.grad_fn]
+    waiting: list[Any] = [y.grad_fn for y in ys]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

@@ -34,6 +34,8 @@ from mambaseq.parallel.ends import Ends
 _RELAY: contextvars.ContextVar[Relay | None] = contextvars.ContextVar("relay", default=None)
 # (branch, residual, state, return_state) → (branch, residual, state)
 RunLayer = Callable[[Tensor | None, Tensor, Any, bool], tuple[Tensor, Tensor, Any]]
+# the same of layers that follow each other, with a list of states
+RunLayers = Callable[[Tensor | None, Tensor, list[Any], bool], tuple[Tensor, Tensor, list[Any]]]
 
 
 # whose states are handed on
@@ -69,15 +71,15 @@ class Bundles:
             if not owner.position_wise:
                 like, wide = owner.init_state(n, device=x.device), _wide(owner, x)
                 self.known.append(_Known(like, [_kind(tensor, wide) for tensor in like.tensors().values()], wide))
-        self._width = max(1, len(self.known) // (2 * part.context.size))
+        self.width = max(1, len(self.known) // (2 * part.context.size))
 
     def kinds(self, number: int) -> list[list[Like]]:
         """What is sent of each layer of a message that begins with this one."""
-        return [known.kinds for known in self.known[number : number + self._width]]
+        return [known.kinds for known in self.known[number : number + self.width]]
 
     def ends(self, number: int) -> bool:
         """Whether this layer is the last of its message."""
-        return (number + 1) % self._width == 0 or number == len(self.known) - 1
+        return (number + 1) % self.width == 0 or number == len(self.known) - 1
 
 
 class Relay:
@@ -148,11 +150,30 @@ class Relay:
         finally:
             self._fillers -= 1
 
+    @property
+    def gathers(self) -> bool:
+        return self._part is not None
+
     def around(self, layer: Any) -> Callable[..., Any]:
         """The layer, as it is to be run (again, too)."""
         if self._part is None or layer.mixer.position_wise:
             return layer
         return functools.partial(Ends(self._part).call, layer)
+
+    def stages(self, layers: Iterable[Any]) -> list[list[Any]]:
+        """Layers that follow each other between messages: where states of several share one, those up to the last of
+        a message; a layer by itself without."""
+        if self._bundles is None:
+            return [[layer] for layer in layers]
+        number, stages, stage = self._number, list[list[Any]](), list[Any]()
+        for layer in layers:
+            stage.append(layer)
+            if not layer.mixer.position_wise:
+                if self._bundles.ends(number):
+                    stages.append(stage)
+                    stage = []
+                number += 1
+        return [*stages, stage] if stage else stages
 
     def run(
         self,
@@ -165,31 +186,59 @@ class Relay:
     ) -> tuple[Tensor, Tensor, Any]:
         """A layer over this piece. given: states of the sequences that begin in it, or None. The state returned, if it
         is wanted, is that of the sequences that end in it."""
-        if mixer.position_wise:
-            return layer(branch, residual, given, return_state)
-        number = self._number
-        self._number += 1
-        if self.source is None and self.target is None and not self._fillers:
-            return layer(branch, residual, given, return_state)
+
+        def layers(
+            branch: Tensor | None, residual: Tensor, states: list[Any], wanted: bool
+        ) -> tuple[Tensor, Tensor, list[Any]]:
+            branch, residual, new = layer(branch, residual, states[0], wanted)
+            return branch, residual, [new]
+
+        branch, residual, states = self.run_stage([mixer], layers, branch, residual, [given], return_state)
+        return branch, residual, states[0]
+
+    def run_stage(
+        self,
+        mixers: Sequence[Owner],
+        layers: RunLayers,
+        branch: Tensor | None,
+        residual: Tensor,
+        given: list[Any],
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor, list[Any]]:
+        """One of `stages`, as `run`."""
+        first = self._number
+        numbers = {at: first + n for n, at in enumerate(i for i, one in enumerate(mixers) if not one.position_wise)}
+        self._number += len(numbers)
+        if not numbers or (self.source is None and self.target is None and not self._fillers):
+            return layers(branch, residual, given, return_state)
         if self._part is not None:
-            if given is not None and self._arrive:  # room for what is gathered
-                given = _together(mixer.init_state(self._arrive, device=residual.device), given)
-            branch, residual, new = layer(branch, residual, given, return_state)
-            return branch, residual, _some(new, self._finished) if return_state else None
-        wide = _wide(mixer, residual) if self._bundles is None else self._bundles.known[number].wide
-        carried = None
-        if self.source is not None:
-            branch, residual, carried = self._receive(number, mixer, branch, residual, wide)
-        state = self._entering(mixer, carried, given)
-        if self._fillers and state is not None:
-            state = _together(state, mixer.init_state(self._fillers, device=residual.device))
-        branch, residual, new = layer(branch, residual, state, return_state or self.target is not None)
+            if given[0] is not None and self._arrive:  # room for what is gathered
+                given = [_together(mixers[0].init_state(self._arrive, device=residual.device), given[0])]
+            branch, residual, new = layers(branch, residual, given, return_state)
+            return branch, residual, [_some(new[0], self._finished) if return_state else None]
+        states = list(given)
+        for at, number in numbers.items():
+            carried = None
+            if self.source is not None:
+                branch, residual, carried = self._receive(number, mixers[at], branch, residual)
+            states[at] = self._entering(mixers[at], carried, given[at])
+            if self._fillers and states[at] is not None:
+                more = mixers[at].init_state(self._fillers, device=residual.device)
+                states[at] = _together(states[at], more)
+        branch, residual, new = layers(branch, residual, states, return_state or self.target is not None)
         if self.target is not None:
-            branch = self._send(number, branch, _some(new, self._leaving), wide)
-        return branch, residual, _some(new, self._finished) if return_state else None
+            for at, number in numbers.items():
+                wide = self._is_wide(number, mixers[at], residual)
+                branch = self._send(number, branch, _some(new[at], self._leaving), wide)
+        if not return_state:
+            return branch, residual, [None] * len(mixers)
+        return branch, residual, [_some(one, self._finished) if at in numbers else one for at, one in enumerate(new)]
+
+    def _is_wide(self, number: int, mixer: Owner, residual: Tensor) -> bool:
+        return _wide(mixer, residual) if self._bundles is None else self._bundles.known[number].wide
 
     def _receive(
-        self, number: int, mixer: Owner, branch: Tensor | None, residual: Tensor, wide: bool
+        self, number: int, mixer: Owner, branch: Tensor | None, residual: Tensor
     ) -> tuple[Tensor | None, Tensor, Any]:
         assert self.source is not None
         room = None
@@ -199,6 +248,7 @@ class Relay:
             room = numbers.tolist()
         if self._bundles is None:
             like = mixer.init_state(self._arrive, None if room is None else room[0], device=residual.device)
+            wide = self._is_wide(number, mixer, residual)
             bundle = [[_kind(tensor, wide) for tensor in like.tensors().values()]]
         else:
             like, bundle = self._bundles.known[number].like, self._bundles.kinds(number)

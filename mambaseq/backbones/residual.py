@@ -36,9 +36,10 @@ class ResidualStack(Backbone):
             the backward pass: memory a token then does not grow with the layers (see `backbones/chunks.py`). None runs
             them whole.
         cuda_graph: replay the forward and backward of training steps as CUDA graphs, one pair for each shape of input
-            (see `backbones/graphed.py`): faster where kernels are shorter than their launches. Calls with states,
-            packed sequences, chunks or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes
-            no number and is faster (see `backbones/automatic.py`).
+            (see `backbones/graphed.py`): faster where kernels are shorter than their launches. With chunk_length, the
+            layers of each chunk between two messages (see `backbones/staged.py`). Calls with states, packed
+            sequences or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes no number and
+            is faster (see `backbones/automatic.py`).
         context_parallel: how many processes share every training sequence, each with a part of its positions (see
             `mambaseq.parallel`); trainer.devices is a multiple of it. With chunk_length, they share each chunk.
         context_states: how they get the states between their parts. relayed: each layer's go from one to the next; a
@@ -48,6 +49,7 @@ class ResidualStack(Backbone):
     """
 
     splits_time: ClassVar[bool] = True
+    one_stack: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -249,18 +249,18 @@ def test_what_a_replay_cannot_give_is_made_as_usual() -> None:
 
 def test_a_gradient_that_would_be_lost_is_seen() -> None:
     inside, outside = (torch.ones(3, requires_grad=True) for _ in range(2))
-    graphed._check_leaves((inside * 2).sum(), [inside])
+    graphed.check_leaves([(inside * 2).sum()], [inside])
     with pytest.raises(RuntimeError, match="not among its parameters"):
-        graphed._check_leaves((inside * (2 * outside)).sum(), [inside])
+        graphed.check_leaves([(inside * (2 * outside)).sum()], [inside])
 
 
 def test_leaves_take_the_place_of_parameters() -> None:
     stack = make(d_model=16).backbone
     before = dict(stack.named_parameters())
     leaves: dict[nn.Parameter, Tensor] = {p: p.detach().requires_grad_() for p in stack.parameters()}
-    with graphed._in_place_of(stack, leaves):
+    with graphed.in_place_of(graphed.places_of(stack, leaves)):
         y = stack(torch.randn(1, 5, 16))
-        graphed._check_leaves(y, list(leaves.values()))
+        graphed.check_leaves([y], list(leaves.values()))
     assert all(p is before[name] for name, p in stack.named_parameters())
 
 

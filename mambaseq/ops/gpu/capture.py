@@ -69,6 +69,27 @@ def capture(
         raise
 
 
+class Recorder:
+    """Captures graphs one after the other, on one stream, into one memory. Each may use what is free when it is
+    captured, so they are to be replayed in the order of their captures, where one reads what another has left."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._pool: Any = None
+
+    def warm_up(self, run: Callable[[], _T]) -> tuple[_T, bool]:
+        """See `warm_up`."""
+        return warm_up(run, self._stream)
+
+    def __call__(self, run: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+        """The graph of `run`, and what that gave; see `capture`."""
+        if self._pool is None:
+            torch.cuda.empty_cache()  # what a warm-up took: a capture takes its own memory, and cannot free other
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        return graph, capture(graph, run, self._stream, self._pool)
+
+
 class Replay:
     """Work on a GPU that reads tensors where they are each time: the first call runs it, watched for waits, the second
     captures it in a CUDA graph, which it and later ones replay. Where that cannot be, all calls run it.

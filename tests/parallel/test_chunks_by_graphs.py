@@ -1,0 +1,351 @@
+"""Chunks that are replayed from CUDA graphs give what they give when they are run: every bit of loss and gradients, on
+one device and on ranks. On CPUs the graphs are stand-ins that run what was captured again, in the same memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import contexts, on_ranks
+from torch import Tensor, nn
+
+from mambaseq.backbones import automatic, graphed, staged
+from mambaseq.backbones.graphed import EAGER_CALLS, CudaGraph
+from mambaseq.models import SequenceModel, causal_lm
+
+CHUNK, VOCABULARY = 4, 7
+
+
+class Graph:
+    """Runs what was recorded again, and leaves what it gives where the first run has left it. What graphs recorded
+    later gave is overwritten, as is memory that they may share."""
+
+    def __init__(self, run: Callable[[], Any], everyone: list[Graph]) -> None:
+        self._run, self._later = run, everyone
+        self.made = run()
+        before, self._own = self.made, list[bool]()
+        if before is not None:
+            self.made = run()  # elsewhere, but for what is only handed through
+            self._own = [a.data_ptr() != b.data_ptr() for a, b in zip(before, self.made, strict=True)]
+        self._number = len(everyone)
+        everyone.append(self)
+        self._spoil()  # nothing is computed while it is captured
+
+    def _spoil(self) -> None:
+        for tensor, own in zip(self.made or (), self._own, strict=True):
+            if own and tensor.is_floating_point():
+                tensor.data.fill_(torch.nan)  # as a GPU does it: no version is counted
+
+    def replay(self) -> None:
+        for other in self._later[self._number + 1 :]:
+            other._spoil()
+        for memory, tensor in zip(self.made or (), self._run() or (), strict=True):
+            memory.data.copy_(tensor.detach())
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+
+    def warm_up(self, run: Callable[[], Any]) -> tuple[Any, bool]:
+        return run(), False
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+        graph = Graph(run, self.graphs)
+        return graph, graph.made
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def recording(self: Any, device: torch.device) -> Iterator[Recorder]:
+        yield Recorder()
+
+    monkeypatch.setattr(graphed, "on_gpu", lambda device: True)
+    monkeypatch.setattr(graphed.Graphs, "_recording", recording)
+
+
+def make(cuda_graph: CudaGraph, layers: int = 2, mixer: str = "mamba", **options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    given = {"chunk_length": CHUNK, "cuda_graph": cuda_graph, **({"d_state": 3} if mixer == "mamba" else {}), **options}
+    return causal_lm(VOCABULARY, 8, layers, mixer, **given).train()
+
+
+def data(step: int, length: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCABULARY, (batch, length + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:].contiguous()
+
+
+def graphs_of(model: SequenceModel) -> staged.ChunkGraphs:
+    found: staged.ChunkGraphs = model.backbone.chunk_graphs
+    return found
+
+
+def train(
+    models: list[SequenceModel],
+    steps: int,
+    length: int,
+    size: int = 1,
+    between: Callable[[SequenceModel, int], Any] = lambda model, step: None,
+    batch: int = 2,
+) -> list[list[SequenceModel]]:
+    """Steps of SGD by each model, on as many ranks; loss, gradients and weights are those of the first, every bit.
+    Returns each model's copies on the ranks."""
+    copies = [[copy.deepcopy(model) for _ in range(size)] for model in models]
+    parts = None if size == 1 else [c.split(length, batch, chunk_length=CHUNK) for c in contexts(size)]
+    for step in range(steps):
+        tokens, labels = data(step, length, batch)
+
+        def on(rank: int, step: int = step, tokens: Tensor = tokens, labels: Tensor = labels) -> list[list[Tensor]]:
+            found = []
+            for of in copies:
+                model = of[rank]
+                between(model, step)
+                model.zero_grad()
+                if parts is None:
+                    loss = model(tokens, labels).loss
+                else:
+                    with parts[rank]:
+                        loss = model(parts[rank].take(tokens), parts[rank].take(labels)).loss
+                loss.backward()
+                if parts is not None:
+                    parts[rank].context.sum_gradients(model.parameters())
+                found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+                with torch.no_grad():
+                    for p in model.parameters():
+                        if p.grad is not None:
+                            p.sub_(p.grad, alpha=0.1)
+            return found
+
+        for found in on_ranks(size, on):
+            for other in found[1:]:
+                assert len(other) == len(found[0])
+                for actual, expected in zip(other, found[0], strict=True):
+                    assert torch.isfinite(actual).all()
+                    assert torch.equal(actual, expected), step
+    return copies
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pattern": ["mamba", "mlp"]},
+        {"mixer": "mamba2", "d_state": 4},
+        {"mixer": "s4d"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) or "mamba",
+)
+def test_on_one_device(stand_ins: None, options: dict[str, Any]) -> None:
+    """The last chunk is shorter, and run as usual."""
+    _, (graphs,) = train([make(False, **options), make(True, **options)], 3, 5 * CHUNK + 1)
+    assert graphs_of(graphs).captured == 1
+    # after the first step, each of five chunks in both passes
+    assert graphs_of(graphs).replays == 2 * 5 * 2
+
+
+@pytest.mark.parametrize(("size", "layers", "pattern"), [(2, 9, None), (3, 7, None), (2, 5, ["mamba", "mlp", "mlp"])])
+def test_on_ranks_that_share_each_chunk(stand_ins: None, size: int, layers: int, pattern: list[str] | None) -> None:
+    length = 4 * CHUNK * size
+    ones, copies = train([make(False, layers, pattern=pattern), make(True, layers, pattern=pattern)], 3, length, size)
+    for model in copies:
+        graphs = graphs_of(model)
+        assert graphs.captured == 1
+        stages = len(next(iter(graphs._pairs.values())).stages)
+        assert stages > 1
+        assert graphs.replays == 2 * 4 * 2 * stages
+    assert all(graphs_of(model).captured == graphs_of(model).replays == 0 for model in ones)
+
+
+def test_pieces_of_two_lengths(stand_ins: None) -> None:
+    _, copies = train([make(False, 4), make(True, 4)], 3, 4 * CHUNK * 2 - 3, 2)
+    assert all(graphs_of(model).replays > 0 for model in copies)
+
+
+def test_automatic_graphs_come_after_as_many_chunks(stand_ins: None) -> None:
+    _, (graphs,) = train([make(False), make("auto")], 4, 3 * CHUNK)
+    assert automatic.EAGER_CALLS == 4
+    assert graphs_of(graphs).replays == 2 * 3 * 2  # captured before the third step
+    policy = automatic.Automatic()
+    assert policy.is_of_use_in_chunks(torch.Size([1, 32_768, 768]))
+    assert policy.is_of_use_in_chunks(torch.Size([2, 65_536, 256]))
+    assert not policy.is_of_use_in_chunks(torch.Size([1, 65_536, 768]))
+
+
+def test_moved_parameters_are_captured_again(stand_ins: None) -> None:
+    def between(model: SequenceModel, step: int) -> None:
+        if step == 2:
+            layer: Any = model.backbone.layers[1]
+            layer.mixer.out_proj.weight = nn.Parameter(layer.mixer.out_proj.weight.detach().clone())
+        if step == 4:
+            model.backbone.layers[0] = copy.deepcopy(model.backbone.layers[0])
+
+    _, (graphs,) = train([make(False), make(True)], 6, 3 * CHUNK, between=between)
+    assert graphs_of(graphs).captured == 1
+    assert graphs_of(graphs).replays == 3 * 3 * 2  # not in the steps after a change
+
+
+def test_a_validation_between_and_frozen_parameters(stand_ins: None) -> None:
+    def between(model: SequenceModel, step: int) -> None:
+        with torch.no_grad():
+            before = graphs_of(model).replays
+            model.eval()(*data(9, 3 * CHUNK))
+            assert graphs_of(model).replays == before
+            model.train()(*data(9, 3 * CHUNK))
+            assert graphs_of(model).replays == before
+        if step == 2:
+            model.backbone.layers[0].requires_grad_(False)  # type: ignore[index]
+
+    for encoder in (True, False):
+        models = [make(False), make(True)]
+        for model in models:
+            model.encoder.requires_grad_(encoder)
+        _, (graphs,) = train(models, 5, 3 * CHUNK, between=between)
+        assert graphs_of(graphs).captured == 2
+        assert graphs_of(graphs).replays == 3 * 3 * 2  # captured anew where other parameters learn
+
+
+def test_a_call_before_the_backward_of_another_and_two_of_one(stand_ins: None) -> None:
+    found = []
+    for model in (make(False), make(True)):
+        for step in range(3):
+            model.zero_grad()
+            losses = [model(*data(2 * step + n, 3 * CHUNK)).loss for n in range(2)]
+            losses[0].backward(retain_graph=True)
+            losses[1].backward()
+            losses[0].backward()
+        found.append([*losses, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert graphs_of(model).replays == 2 * 3 + 2 * (2 * 3 + 3 * 3)
+
+
+def test_gradients_of_a_step_are_its_own(stand_ins: None) -> None:
+    """Kept, they are not overwritten by the next; accumulated, they are sums."""
+    usual, graphs = make(False), make(True)
+    kept: list[Tensor] = []
+    for step in range(4):
+        for model in (usual, graphs):
+            model(*data(step, 3 * CHUNK)).loss.backward()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(graphs.parameters(), usual.parameters(), strict=True))
+        if step == 2:
+            kept = [p.grad for p in graphs.parameters()]
+            then = [g.clone() for g in kept]
+            for model in (usual, graphs):
+                model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(kept, then, strict=True))
+    assert graphs_of(graphs).replays == 3 * 3 * 2
+
+
+def given_and_returned(model: SequenceModel, step: int) -> list[Tensor]:
+    """Gradients and states of a call that continues from states, and uses those that it leaves."""
+    torch.manual_seed(step)
+    backbone = model.backbone
+    state = [s.map(lambda t: torch.randn_like(t).requires_grad_()) for s in backbone.init_state(2)]
+    x = torch.randn(2, 3 * CHUNK, 8, requires_grad=True)
+    model.zero_grad()
+    y, left = backbone(x, state=state, return_state=True)
+    (y.square().sum() + sum(t.square().sum() for s in left for t in s.tensors().values())).backward()
+    inputs = [x, *(t for s in state for t in s.tensors().values())]
+    tensors = [t.detach() for s in left for t in s.tensors().values()]
+    return [y.detach(), *tensors, *(t.grad for t in [*inputs, *backbone.parameters()])]
+
+
+def test_given_and_returned_states(stand_ins: None) -> None:
+    usual, graphs = make(False), make(True)
+    for step in range(3):
+        found = [given_and_returned(model, step) for model in (usual, graphs)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert graphs_of(graphs).replays == 2 * 3 * 2
+
+
+def hooked(model: SequenceModel) -> None:
+    model.backbone.layers[0].register_forward_hook(lambda *_: None)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [({"checkpoint": True}, None), ({}, hooked), ({"pattern": ["mamba*"]}, None), ({"dropout": 0.5}, None)],
+    ids=["checkpoints", "hooks", "shared", "dropout"],
+)
+def test_what_is_run_as_usual(stand_ins: None, options: dict[str, Any], change: Any) -> None:
+    models = [make("auto", 9, **options), make(True, 9, **options)]
+    for model in models if change else ():
+        change(model)
+    of_chunks = len(models)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if options.get("dropout"):
+            for model in models:
+                for step in range(3):
+                    model(*data(step, 3 * CHUNK)).loss.backward()
+        else:
+            train([make(False, 9, **options), *models], 3, 2 * 3 * CHUNK, 2)
+            of_chunks = 0
+    if of_chunks:
+        assert all(graphs_of(model).captured == 0 for model in models)
+        assert graphs_of(models[1]).why_not == "a layer draws random numbers"
+
+
+def test_packed_rows_are_run_as_usual(stand_ins: None) -> None:
+    model = make(True)
+    tokens, labels = data(0, 3 * CHUNK, 1)
+    for _ in range(EAGER_CALLS + 1):
+        model(tokens, labels, cu_seqlens=torch.tensor([0, 5, 3 * CHUNK], dtype=torch.int32)).loss.backward()
+    assert graphs_of(model).captured == 0
+    assert not graphs_of(model).seen
+
+
+def test_what_cannot_be_captured_is_said_and_run(stand_ins: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def fails(self: Any, run: Any) -> Any:
+        raise RuntimeError("a layer waits for the GPU.\nand more")
+
+    monkeypatch.setattr(Recorder, "__call__", fails)
+    caplog.set_level("DEBUG", logger="mambaseq.backbones.graphed")
+    with pytest.warns(RuntimeWarning, match="Training in chunks without CUDA graphs: a layer waits for the GPU"):
+        _, (asked,) = train([make(False), make(True)], 2, 3 * CHUNK)
+    assert "Traceback" in caplog.text
+    _, (unasked,) = train([make(False), make("auto")], 3, 3 * CHUNK)
+    for model in (asked, unasked):
+        assert graphs_of(model).why_not == "a layer waits for the GPU"
+        assert graphs_of(model).replays == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "s4d", "gla"])
+def test_on_a_gpu(cuda: torch.device, mixer: str, half: bool) -> None:
+    """Every bit, and at most a tenth more memory."""
+    torch.manual_seed(0)
+    models = [
+        causal_lm(64, 128, 6, mixer, chunk_length=1024, cuda_graph=how).to(cuda).train()
+        for how in (False, True, "auto")
+    ]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    reserved = []
+    for model in models:
+        found = []
+        torch.cuda.empty_cache()
+        for step in range(3):
+            torch.cuda.empty_cache()
+            base = torch.cuda.memory_reserved()
+            tokens, labels = (t.to(cuda) for t in data(step, 8 * 1024))
+            model.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+                loss = model(tokens, labels).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        reserved.append(torch.cuda.memory_reserved() - (base if model is models[0] else 0))
+        if model is models[0]:
+            expected = found
+            continue
+        assert graphs_of(model).why_not is None
+        assert graphs_of(model).replays > 0
+        for one, other in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
