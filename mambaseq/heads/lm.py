@@ -82,7 +82,7 @@ class LMHead(Head):
             )
         at = has.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
         labels = labels.gather(1, at)
-        labels = torch.where(too_many & (labels != -100), self.linear.weight.shape[0], labels)  # one that is none: NaN
+        labels = labels.masked_fill(too_many & (labels != -100), self.linear.weight.shape[0])  # one that is none: NaN
         return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])), labels
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
