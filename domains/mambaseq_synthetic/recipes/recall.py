@@ -103,7 +103,7 @@ def accuracy(model: SequenceModel, draw: functools.partial, seed: int, n: int) -
         inputs, labels = draw(seed, items)
         where = labels != -100
         hidden = model.backbone(model.encoder(inputs))[where]
-        right += int((model.head.told(hidden[:, None])[:, 0].argmax(-1) == labels[where]).sum())
+        right += int((model.told(hidden[:, None])[:, 0].argmax(-1) == labels[where]).sum())
         asked += len(hidden)
     return right / asked
 
