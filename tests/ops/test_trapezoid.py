@@ -231,7 +231,7 @@ def stepped(device: torch.device, dtype: torch.dtype, rank: int, head_dim: int, 
     return [state, x, dt, A, trap, B, C, last_x, last_B]
 
 
-@pytest.mark.parametrize(("rank", "head_dim", "d_state"), [(1, 5, 6), (3, 20, 16)])
+@pytest.mark.parametrize(("rank", "head_dim", "d_state"), [(1, 5, 6), (3, 20, 16), (2, 3, 5), (2, 4, 1)])
 @pytest.mark.parametrize("where", ["numba", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_of_a_step(where: str, dtype: torch.dtype, rank: int, head_dim: int, d_state: int) -> None:

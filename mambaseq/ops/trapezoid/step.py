@@ -81,21 +81,15 @@ def _on_gpu(
     elements, warps = _ONE if rank == 1 else _SEVERAL
     channels = max(1, min(step_gpu.power_of_two(head_dim), elements // states))
     kernels: Any = importlib.import_module("mambaseq.ops.trapezoid.triton_kernels")
+    given = (state, *(part for value in over_rows for part in (value, value.stride(0))), y, heads)
+    # threads that hold the same sum would each round it in their own way, and any of them may write it
+    known = {"D_STATE": d_state, "CHANNELS": channels, "num_warps": warps, "enable_fp_fusion": False}
+    grid = (batch * heads * -(-head_dim // channels),)
     with portable.on(x):
-        kernels.update[(batch * heads * -(-head_dim // channels),)](
-            state,
-            *(part for value in over_rows for part in (value, value.stride(0))),
-            y,
-            heads,
-            head_dim,
-            D_STATE=d_state,
-            RANK=rank,
-            STATES=states,
-            CHANNELS=channels,
-            num_warps=warps,
-            # threads that hold the same sum would each round it in their own way, and any of them may write it
-            enable_fp_fusion=False,
-        )
+        if rank == 1:
+            kernels.update[grid](*given, head_dim, STATES=states, **known)
+        else:
+            kernels.update_several[grid](*given, HEAD_DIM=head_dim, RANK=rank, HALF=max(1, states // 2), **known)
     return y
 
 

@@ -81,12 +81,19 @@ def steps_backward(
 
 
 @triton.jit
+def _states(m, n, D_STATE: tl.constexpr):
+    """Those n from m on, (1, ...) float32."""
+    return tl.load(m + n, mask=n < D_STATE, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def update(
     state, x, x_row, last_x, last_x_row, B, B_row, C, C_row, last_B, last_B_row,
     dt, dt_row, A, A_row, trap, trap_row, y, heads, head_dim,
-    D_STATE: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
+    D_STATE: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One step of CHANNELS channels of one row's head. Of a row, all heads, ranks and channels are side by side."""
+    """One step of CHANNELS channels of one row's head, of one input. Of a row, all heads and channels are side by
+    side."""
     blocks = tl.cdiv(head_dim, CHANNELS)
     line = (tl.program_id(0) // blocks).to(tl.int64)
     row = line // heads
@@ -103,17 +110,59 @@ def update(
     old = (1 - share) * step * decay
     place = state + (line * head_dim + p)[:, None] * D_STATE + n[None, :]
     new = decay * tl.load(place, mask=tile, other=0.0).to(tl.float32)
-    for r in tl.static_range(RANK):
-        channel = (h * RANK + r) * head_dim + p
-        of_state = (h * RANK + r) * D_STATE + n
-        before = old * tl.load(last_x + row * last_x_row + channel, mask=real, other=0.0).to(tl.float32)
-        last = tl.load(last_B + row * last_B_row + of_state, mask=known, other=0.0).to(tl.float32)
-        u = now * tl.load(x + row * x_row + channel, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(B + row * B_row + of_state, mask=known, other=0.0).to(tl.float32)
-        new = tl.fma(u[:, None], b[None, :], tl.fma(before[:, None], last[None, :], new))
+    before = old * tl.load(last_x + row * last_x_row + h * head_dim + p, mask=real, other=0.0).to(tl.float32)
+    u = now * tl.load(x + row * x_row + h * head_dim + p, mask=real, other=0.0).to(tl.float32)
+    last = _states(last_B + row * last_B_row + h * D_STATE, n, D_STATE)
+    new = tl.fma(u[:, None], _states(B + row * B_row + h * D_STATE, n, D_STATE), tl.fma(before[:, None], last, new))
     tl.debug_barrier()  # all have loaded, whichever threads store
     tl.store(place, new, mask=tile)
+    out = tl.sum(new * _states(C + row * C_row + h * D_STATE, n, D_STATE), axis=1)
+    tl.store(y + line * head_dim + p, out, mask=real)
+
+
+@triton.jit
+def update_several(
+    state, x, x_row, last_x, last_x_row, B, B_row, C, C_row, last_B, last_B_row,
+    dt, dt_row, A, A_row, trap, trap_row, y, heads,
+    HEAD_DIM: tl.constexpr, D_STATE: tl.constexpr, RANK: tl.constexpr, HALF: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The same of several inputs a head, by two halves of HALF states: what is read of them is added up within threads,
+    and half as many sums go on between threads."""
+    blocks: tl.constexpr = (HEAD_DIM + CHANNELS - 1) // CHANNELS
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    row = line // heads
+    h = line % heads
+    p = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.arange(0, HALF)
+    other = n + HALF
+    real = p < HEAD_DIM
+    place = state + (line * HEAD_DIM + p)[:, None] * D_STATE + n[None, :]
+    here = real[:, None] & (n < D_STATE)[None, :]
+    there = real[:, None] & (other < D_STATE)[None, :]
+    one = tl.load(place, mask=here, other=0.0).to(tl.float32)
+    two = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
+    step = tl.load(dt + row * dt_row + h).to(tl.float32)
+    decay = tl.exp(step * tl.load(A + row * A_row + h).to(tl.float32))
+    share = tl.load(trap + row * trap_row + h).to(tl.float32)
+    now = share * step
+    old = (1 - share) * step * decay
+    one *= decay
+    two *= decay
+    of_x = h * RANK * HEAD_DIM + p
+    of_B = h * RANK * D_STATE
     for r in tl.static_range(RANK):
-        read = tl.load(C + row * C_row + (h * RANK + r) * D_STATE + n, mask=known, other=0.0).to(tl.float32)
-        out = tl.sum(new * read[None, :], axis=1)
-        tl.store(y + (line * RANK + r) * head_dim + p, out, mask=real)
+        before = tl.load(last_x + row * last_x_row + of_x + r * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        before = (old * before)[:, None]
+        u = tl.load(x + row * x_row + of_x + r * HEAD_DIM, mask=real, other=0.0).to(tl.float32)
+        u = (now * u)[:, None]
+        last = last_B + row * last_B_row + of_B + r * D_STATE
+        b = B + row * B_row + of_B + r * D_STATE
+        one = tl.fma(u, _states(b, n, D_STATE), tl.fma(before, _states(last, n, D_STATE), one))
+        two = tl.fma(u, _states(b, other, D_STATE), tl.fma(before, _states(last, other, D_STATE), two))
+    tl.debug_barrier()  # all have loaded, whichever threads store
+    tl.store(place, one, mask=here)
+    tl.store(place + HALF, two, mask=there)
+    for r in tl.static_range(RANK):
+        read = C + row * C_row + of_B + r * D_STATE
+        out = tl.fma(two, _states(read, other, D_STATE), one * _states(read, n, D_STATE))
+        tl.store(y + (line * RANK + r) * HEAD_DIM + p, tl.sum(out, axis=1), mask=real)
