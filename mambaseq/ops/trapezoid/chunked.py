@@ -42,8 +42,8 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
         return chunks.cut(value).transpose(2, 3)
 
     dt, trap = dt.to(wide), trap.to(wide)
-    later, entered = of_the_next(arguments, initial, (1 - trap) * dt)
-    assert entered is not None
+    old = (1 - trap) * dt
+    later, entered = of_the_next(arguments, old), first_entered(arguments, initial, old)
     # axes: b(atch), c(hunk), h(ead), i and j (positions of a chunk), r (rank), p (head_dim), n (d_state)
     at_once, later = in_chunks(trap * dt), in_chunks(later)  # b c h j
     log_decay = in_chunks(dt.double() * A.double()).clamp(min=FORGOTTEN)
@@ -72,22 +72,27 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     return y.to(x.dtype), final
 
 
-def of_the_next(arguments: TrapezoidArguments, initial: Tensor | None, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    """How much of what a position writes the next one adds `(batch, length, heads)`, 0 at the end of a sequence; and
-    initial states to which the first one has added what was written before.
+def of_the_next(arguments: TrapezoidArguments, old: Tensor) -> Tensor:
+    """How much of what a position writes the next one adds `(batch, length, heads)`, 0 at the end of a sequence.
 
-    old: how much each adds of what the one before it has written. initial: None only where nothing was written before.
+    old: how much each adds of what the one before it has written.
     """
     length, bounds = old.shape[1], arguments.cu_seqlens
     later = torch.cat([old[:, 1:], torch.zeros_like(old[:, :1])], dim=1)
-    if bounds is not None:
-        begins = torch.zeros(length + 1, dtype=torch.bool, device=old.device).index_fill(0, bounds.long(), True)
-        later = later.masked_fill(begins[1:, None], 0)
-    if initial is None or arguments.initial_x is None or arguments.initial_B is None or length == 0:
-        return later, initial
+    if bounds is None:
+        return later
+    begins = torch.zeros(length + 1, dtype=torch.bool, device=old.device).index_fill(0, bounds.long(), True)
+    return later.masked_fill(begins[1:, None], 0)
+
+
+def first_entered(arguments: TrapezoidArguments, initial: Tensor, old: Tensor) -> Tensor:
+    """Initial states to which the first position of each sequence has added what was written before; old: as above."""
+    length, bounds = old.shape[1], arguments.cu_seqlens
+    if arguments.initial_x is None or arguments.initial_B is None or length == 0:
+        return initial
     if bounds is None:
         first = old[:, 0]  # (sequences, heads)
     else:
         first = old[0].index_select(0, bounds[:-1].long().clamp(max=length - 1))
     before = arguments.initial_x.to(old.dtype).mT @ arguments.initial_B.to(old.dtype)
-    return later, initial + first[..., None, None] * before
+    return initial + first[..., None, None] * before

@@ -21,7 +21,7 @@ from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 from mambaseq.ops.ssd import gpu as dual
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
-from mambaseq.ops.trapezoid.chunked import OF_SEQUENCES, OVER_TIME, of_the_next
+from mambaseq.ops.trapezoid.chunked import OF_SEQUENCES, OVER_TIME, first_entered
 
 _MOST_RANK = 16
 # below it a decay is 0 in float32, but sums of what is far below would lose the digits of the others
@@ -33,14 +33,16 @@ _WHOLE_HEAD_DIM, _WHOLE_STATES = 64, 128
 class Rows(NamedTuple):
     """What the kernels run.
 
-    x `(batch, positions * rank, heads, head_dim)`, B and C `(..., d_state)`, weights `(3, batch, positions, heads)`
-    float32: log-decay, what later positions see of one, what it sees of itself. cu_seqlens counts rows.
+    x `(batch, positions * rank, heads, head_dim)`, B and C `(..., d_state)`; dt, A and trap `(batch, positions, heads)`
+    float32. cu_seqlens counts rows.
     """
 
     x: Tensor
     B: Tensor
     C: Tensor
-    weights: Tensor
+    dt: Tensor
+    A: Tensor
+    trap: Tensor
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
     wants_final_state: bool
@@ -70,8 +72,9 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     if initial_x is not None and initial is None:
         initial = x.new_zeros(arguments.n_sequences, x.shape[2], x.shape[4], B.shape[4], dtype=torch.float32)
     dt, trap = dt.float(), trap.float()
-    later, entered = of_the_next(arguments, initial, (1 - trap) * dt)
-    at_once = trap * dt
+    entered = initial
+    if initial is not None and initial_x is not None:
+        entered = first_entered(arguments, initial, (1 - trap) * dt)
 
     def rows(value: Tensor) -> Tensor:
         value = F.pad(value, (0, 0, 0, padded - rank)) if padded > rank else value
@@ -82,7 +85,9 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
             rows(x),
             rows(B),
             rows(C),
-            torch.stack([(dt * A.float()).clamp(min=_FORGOTTEN), at_once + later, at_once]),
+            dt,
+            A.float(),
+            trap,
             entered,
             None if bounds is None else bounds * padded,
             arguments.wants_final_state,
@@ -103,12 +108,19 @@ def _padded(rank: int) -> int:
     return 1 << (rank - 1).bit_length()
 
 
+def _steps(a: Rows) -> tuple[Any, ...]:
+    return tuple(part for value in (a.dt, a.A, a.trap) for part in (value, *value.stride()))
+
+
+def _known(call: dual.Call) -> dict[str, Any]:
+    return {"LEAST": _FORGOTTEN, "SIZE": call.plan.size, "HEADS": dual.STEPS_HEADS, **call.rank}
+
+
 def _call(a: Rows) -> dual.Call:
     call = dual.Call(a.x, a.B, a.C, a.cu_seqlens, False, own=True, rank=a.rank)
     _kernels().steps[(call.chunks, -(-call.heads // dual.STEPS_HEADS))](
-        a.weights.contiguous(), *call.place, call.batch, call.decay, call.step, call.own, call.heads,
-        SIZE=call.plan.size, HEADS=dual.STEPS_HEADS, **call.rank,
-    )  # fmt: skip
+        *_steps(a), *call.place, call.decay, call.step, call.own, call.heads, **_known(call)
+    )
     return call
 
 
@@ -118,19 +130,19 @@ def _forward(a: Rows) -> tuple[Tensor, Tensor | None]:
 
 
 def _backward(a: Rows, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of x, B, C, weights and the initial state. Nothing of the forward is needed."""
+    """The gradients of x, B, C, dt, A, trap and the initial state. Nothing of the forward is needed."""
     dx, dB, dC = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (a.x, a.B, a.C))
-    dweights = torch.empty(a.weights.shape, dtype=torch.float32, device=a.x.device)
+    of_steps = [torch.empty(a.dt.shape, dtype=torch.float32, device=a.x.device) for _ in range(3)]
     with portable.on(a.x):
         call = _call(a)
         find = _gradients if fits(call.head_dim, call.d_state) else functools.partial(dual.gradients_of, D=None)
         found = find(call=call, initial=a.initial_state, dy=dy, dfinal=dfinal, into=(dx, dB, dC))
         _kernels().steps_backward[(call.chunks, -(-call.heads // dual.STEPS_HEADS))](
-            *call.place, call.batch, found.direct, found.own, *found.of_decay, dweights, call.heads,
-            SIZE=call.plan.size, HEADS=dual.STEPS_HEADS, **found.blocks(), **call.rank,
+            *_steps(a), *call.place, found.direct, found.own, *found.of_decay, *of_steps, call.heads,
+            **_known(call), **found.blocks(),
         )  # fmt: skip
     initial, dinitial = a.initial_state, found.dinitial
-    return dx, dB, dC, dweights, None if initial is None or dinitial is None else dinitial.to(initial.dtype)
+    return dx, dB, dC, *of_steps, None if initial is None or dinitial is None else dinitial.to(initial.dtype)
 
 
 def fits(head_dim: int, d_state: int) -> bool:
@@ -181,9 +193,9 @@ _scan = register(
     Operator(
         "trapezoid_triton",
         Rows,
-        "Tensor x, Tensor B, Tensor C, Tensor weights, Tensor? initial_state, Tensor? cu_seqlens, "
+        "Tensor x, Tensor B, Tensor C, Tensor dt, Tensor A, Tensor trap, Tensor? initial_state, Tensor? cu_seqlens, "
         "bool wants_final_state, int rank",
-        ("x", "B", "C", "weights", "initial_state"),
+        ("x", "B", "C", "dt", "A", "trap", "initial_state"),
         _forward,
         _backward,
         _fake,

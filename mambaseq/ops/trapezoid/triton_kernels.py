@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """What Mamba-3's recurrence has of its own beside the kernels of the state-space dual (`ops/ssd/triton_kernels.py`):
-its steps, handed over as numbers, and their gradients.
+its steps and their gradients.
 
-`weights` (3, batch, positions, heads) float32, contiguous: log-decay, how much of what a position writes later ones
-see, and how much it sees itself. Chunks are of SIZE rows, RANK of which are a position; its decay stands at the first.
+dt, A and trap (batch, positions, heads) float32, with strides. Chunks are of SIZE rows, RANK of which are a position;
+its log-decay, at least LEAST, stands at the first. What a position writes is seen by itself with the weight
+trap dt, and later with what the next one of its sequence, if there is one, adds to that: (1 - trap) dt of its own.
 """
 
 import triton
@@ -11,29 +12,54 @@ import triton.language as tl
 
 from mambaseq.ops.ssd.triton_kernels import _chunk
 
-_CHANGING = ["chunks", "chunks_of_row", "length", "batches"]
+_CHANGING = ["chunks", "chunks_of_row", "length"]
+
+
+@triton.jit
+def _bounds(table, c, chunks, chunks_of_row, length, first, count):
+    """Whether a sequence begins and whether one ends with chunk c."""
+    if table is not None:
+        bounds = tl.load(table + 3 * chunks + c)
+        return bounds % 2 == 1, bounds >= 2
+    else:
+        return c % chunks_of_row == 0, first + count >= length
+
+
+@triton.jit
+def _given(m, m_batch, m_row, m_head, batch, position, h, mask):
+    """m at positions and heads (..., HEADS)."""
+    at = batch * m_batch + position[:, None] * m_row + (h * m_head)[None, :]
+    return tl.load(m + at, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def steps(
-    weights, table, chunks, chunks_of_row, length, batches, decay, dt, own, heads,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr,
+    dt, dt_batch, dt_row, dt_head, A, A_batch, A_row, A_head, trap, trap_batch, trap_row, trap_head,
+    table, chunks, chunks_of_row, length, decay, weight, own, heads,
+    LEAST: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """decay, dt and own (chunks, heads, SIZE); a program takes HEADS heads of a chunk."""
+    """decay, weight and own (chunks, heads, SIZE); a program takes HEADS heads of a chunk."""
     c = tl.program_id(0)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     q = tl.arange(0, SIZE)
     batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, False)
-    inside = (q < count)[:, None] & (h < heads)[None, :]
-    positions = length // RANK
-    apart = batches.to(tl.int64) * positions * heads
-    place = weights + (batch * positions + first // RANK) * heads + (q // RANK)[:, None] * heads + h[None, :]
-    rate = tl.load(place, mask=inside & (q % RANK == 0)[:, None], other=0.0) * 1.4426950408889634
+    _, ends = _bounds(table, c, chunks, chunks_of_row, length, first, count)
+    valid = (h < heads)[None, :]
+    inside = (q < count)[:, None] & valid
+    position = first // RANK + q // RANK
+    step = _given(dt, dt_batch, dt_row, dt_head, batch, position, h, inside)
+    rate = _given(A, A_batch, A_row, A_head, batch, position, h, inside & (q % RANK == 0)[:, None])
+    at_once = step * _given(trap, trap_batch, trap_row, trap_head, batch, position, h, inside)
+    last = (q // RANK + 1) * RANK >= count
+    followed = inside & ((last == 0) | (ends == 0))[:, None]
+    share = _given(trap, trap_batch, trap_row, trap_head, batch, position + 1, h, followed)
+    later = _given(dt, dt_batch, dt_row, dt_head, batch, position + 1, h, followed) * (1 - share)
     to = (c.to(tl.int64) * heads + h)[None, :] * SIZE + q[:, None]
-    known = (h < heads)[None, :] & (q < SIZE)[:, None]
+    known = valid & (q < SIZE)[:, None]
+    rate = tl.maximum(step * rate, LEAST) * 1.4426950408889634
     tl.store(decay + to, tl.cumsum(rate, axis=0), mask=known)
-    tl.store(dt + to, tl.load(place + apart, mask=inside, other=0.0), mask=known)
-    tl.store(own + to, tl.load(place + 2 * apart, mask=inside, other=0.0), mask=known)
+    tl.store(weight + to, at_once + later, mask=known)
+    tl.store(own + to, at_once, mask=known)
 
 
 @triton.jit
@@ -46,14 +72,18 @@ def _of_positions(value, SIZE: tl.constexpr, HEADS: tl.constexpr, RANK: tl.const
 
 @triton.jit(do_not_specialize=_CHANGING)
 def steps_backward(
-    table, chunks, chunks_of_row, length, batches, direct, down, inner, outer, flow, dweights, heads,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, OUTER: tl.constexpr, FLOW: tl.constexpr, RANK: tl.constexpr,
+    dt, dt_batch, dt_row, dt_head, A, A_batch, A_row, A_head, trap, trap_batch, trap_row, trap_head,
+    table, chunks, chunks_of_row, length, direct, down, inner, outer, flow, ddt, dA, dtrap, heads,
+    LEAST: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, OUTER: tl.constexpr, FLOW: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `weights`. OUTER, FLOW: how many blocks `outer` and `flow` have."""
+    """The gradients of dt, A and trap, contiguous. direct, down: those of `weight` and `own`. OUTER, FLOW: how many
+    blocks `outer` and `flow` have."""
     c = tl.program_id(0)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     q = tl.arange(0, SIZE)
     batch, first, count = _chunk(table, c, chunks, chunks_of_row, length, SIZE, False)
+    starts, _ = _bounds(table, c, chunks, chunks_of_row, length, first, count)
     valid = h < heads
     every = valid[None, :] & (q < SIZE)[:, None]
     which = c.to(tl.int64) * heads + h
@@ -67,17 +97,26 @@ def steps_backward(
         whole += tl.load(flow + which * FLOW + block, mask=valid, other=0.0)
     # a step's decay is part of all sums from it on
     found = tl.cumsum(found, axis=0, reverse=True) + whole[None, :]
-    found = tl.where((q % RANK == 0)[:, None], found, 0.0)
-    positions = length // RANK
-    apart = batches.to(tl.int64) * positions * heads
+    of_decay = _of_positions(tl.where((q % RANK == 0)[:, None], found, 0.0), SIZE, HEADS, RANK)
+    of_weight = tl.load(direct + at, mask=every, other=0.0)
+    of_own = _of_positions(of_weight + tl.load(down + at, mask=every, other=0.0), SIZE, HEADS, RANK)
+    # of what the position before has of this one; that of a chunk's first is the last of the chunk before
     j = tl.arange(0, SIZE // RANK)
+    before = tl.where(j == 0, SIZE - heads.to(tl.int64) * SIZE, j * RANK) - RANK
+    has_one = valid[None, :] & ((j > 0) | (starts == 0))[:, None]
+    of_old = tl.zeros([SIZE // RANK, HEADS], dtype=tl.float32)
+    for r in tl.static_range(RANK):
+        of_old += tl.load(direct + which[None, :] * SIZE + (before + r)[:, None], mask=has_one, other=0.0)
     inside = (j * RANK < count)[:, None] & valid[None, :]
-    place = dweights + (batch * positions + first // RANK) * heads + j[:, None] * heads + h[None, :]
-    tl.store(place, _of_positions(found, SIZE, HEADS, RANK), mask=inside)
-    of_dt = tl.load(direct + at, mask=every, other=0.0)
-    tl.store(place + apart, _of_positions(of_dt, SIZE, HEADS, RANK), mask=inside)
-    of_own = tl.load(down + at, mask=every, other=0.0)
-    tl.store(place + 2 * apart, _of_positions(of_own, SIZE, HEADS, RANK), mask=inside)
+    position = first // RANK + j
+    step = _given(dt, dt_batch, dt_row, dt_head, batch, position, h, inside)
+    rate = _given(A, A_batch, A_row, A_head, batch, position, h, inside)
+    share = _given(trap, trap_batch, trap_row, trap_head, batch, position, h, inside)
+    of_decay = tl.where(step * rate >= LEAST, of_decay, 0.0)
+    to = (batch * (length // RANK) + position)[:, None] * heads + h[None, :]
+    tl.store(ddt + to, share * of_own + (1 - share) * of_old + rate * of_decay, mask=inside)
+    tl.store(dA + to, step * of_decay, mask=inside)
+    tl.store(dtrap + to, step * (of_own - of_old), mask=inside)
 
 
 @triton.jit
