@@ -17,7 +17,9 @@ from mambaseq.runs.naming import read_layers
 from mambaseq.runs.parsing import parse_config
 
 ALIKE = {"dna/five_species": "dna/great_apes"}  # but for their data, which are not here
-MIXERS = {"text/mamba3": "text/demo", "dna/gated_delta": "dna/genome", "audio/mamba3": "audio/digits"}  # but for these
+BASES = {"text": "demo", "dna": "genome", "audio": "digits"}
+TODAY = ("mamba3", "gated_delta", "kda")
+MIXERS = {f"{domain}/{mixer}": f"{domain}/{base}" for domain, base in BASES.items() for mixer in TODAY}  # but for these
 # of data that are not here either: set up, built and stepped with their recipes (tests/audio/test_published_audio.py,
 # tests/text/test_text_configs.py)
 OF_RECIPES = {f"text/{name}" for name in ("pile", "slimpajama", "fineweb_edu", "wikitext103", "chat")}

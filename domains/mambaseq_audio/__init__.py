@@ -86,6 +86,8 @@ domain = Domain(
         },
         "digit_classifier": ("mambaseq:configs/audio/digit_classifier.yaml", "which digit is spoken, minutes on a CPU"),
         "mamba3": ("mambaseq:configs/audio/mamba3.yaml", "digits with Mamba-3 of several inputs a head, on a GPU"),
+        "gated_delta": ("mambaseq:configs/audio/gated_delta.yaml", "digits with the gated delta rule, on a GPU"),
+        "kda": ("mambaseq:configs/audio/kda.yaml", "digits with Kimi Delta Attention, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
     commands={

@@ -61,6 +61,8 @@ domain = Domain(
         "great_apes": ("mambaseq:configs/dna/great_apes.yaml", "which great ape, as in the Mamba paper, on a GPU"),
         "five_species": ("mambaseq:configs/dna/five_species.yaml", "which of HyenaDNA's five species, on a GPU"),
         "gated_delta": ("mambaseq:configs/dna/gated_delta.yaml", "genome with the gated delta rule, on a GPU"),
+        "kda": ("mambaseq:configs/dna/kda.yaml", "genome with Kimi Delta Attention, on a GPU"),
+        "mamba3": ("mambaseq:configs/dna/mamba3.yaml", "genome with Mamba-3, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
     recipes={

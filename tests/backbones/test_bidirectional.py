@@ -21,7 +21,7 @@ from mambaseq.ops.sequences import reversal
 from mambaseq.runs.parsing import parse_config
 
 D_MODEL = 12
-NAMES = ["mamba", "s4d"]
+NAMES = ["mamba", "s4d", "mamba3", "gated_delta", "kda", "gla"]
 
 
 def stack(name: str = "mamba", **options: Any) -> BidirectionalStack:

@@ -25,6 +25,11 @@ MIXERS: list[tuple[str, dict[str, Any]]] = [
     ("mamba", {"d_state": 4}),
     ("mamba", {"d_state": 4, "lti": True}),
     ("s4d", {"d_state": 4}),
+    ("mamba3", {"d_state": 4, "chunk_size": 4}),
+    ("mamba3", {"d_state": 4, "rank": 2}),
+    ("gated_delta", {"chunk_size": 4}),
+    ("kda", {"chunk_size": 4}),
+    ("gla", {"chunk_size": 4}),
 ]
 
 
@@ -78,7 +83,7 @@ def stack(name: str = "mamba", options: dict[str, Any] | None = None, n_layers: 
     torch.manual_seed(0)
     kind: Callable[..., Mixer] = RunningSum if name == "sum" else catalog()["mixers"].get(name)
     chosen = {"d_state": 4} if options is None and name == "mamba" else options or {}
-    made = ResidualStack(lambda _: kind(D_MODEL, **chosen), n_layers, **more)
+    made = ResidualStack(lambda _: kind(D_MODEL, **chosen), n_layers, **{"mlp": False, **more})
     for parameter in made.parameters():  # every one of them counts
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
     return made

@@ -25,6 +25,8 @@ BACKBONES = [
     {"shared": True, "n_layers": 1},
     {"tie_projections": True, "combine": "multiply", "norm": "layer"},
     {"pattern": ["s4d", "mamba*"], "n_layers": 3, "checkpoint": True},
+    {"pattern": ["mamba3", "gated_delta", "kda", "gla"], "n_layers": 4},
+    {"pattern": ["mamba3"], "tie_projections": True, "combine": "multiply"},
 ]
 
 

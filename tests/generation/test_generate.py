@@ -15,7 +15,7 @@ from mambaseq.generation.sampling import Draws, filter_logits, sample
 from mambaseq.models import SequenceModel, build_model, causal_lm
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "s4d", "attention", "hyena"])
+@pytest.mark.parametrize("mixer", ["mamba", "s4d", "attention", "hyena", "mamba3", "gated_delta", "kda", "gla"])
 def test_greedy_decoding_equals_the_full_forward(mixer: str) -> None:
     model = causal_lm(vocab_size=29, d_model=16, n_layers=2, mixer=mixer, n_conditions=2).eval()
     with torch.no_grad():

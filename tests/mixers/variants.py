@@ -58,7 +58,7 @@ VARIANTS: dict[str, list[dict]] = {
             "expand": 1,
             "head_dim": 3,
             "n_groups": 2,
-            "rank": 2,
+            "rank": 4,
             "rope_fraction": 1.0,
             "out_norm": True,
             "chunk_size": 32,
