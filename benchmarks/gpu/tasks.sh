@@ -33,6 +33,6 @@ work() { # GPU
 (while sleep 10; do keep; done) & keeper=$!
 workers=()
 for ((k = 0; k < each; k++)); do for gpu in $gpus; do work "$gpu" >> "$OUT/tasks.log" & workers+=($!); done; done
-tail -n +1 -F "$OUT/tasks.log" 2>/dev/null | grep --line-buffered -E "seed=[0-9]+:|CUDA graph|[Ee]rror" & teller=$!
+tail --pid=$$ -n +1 -F "$OUT/tasks.log" 2>/dev/null | grep --line-buffered -E "seed=[0-9]+:|CUDA graph|[Ee]rror" & teller=$!
 wait "${workers[@]}"
 sleep 1; kill $keeper $teller; keep; rm -f "$OUT"/.tasks.*.tgz; echo "$(ls "$RUN"/*/trials/*.json 2>/dev/null | wc -l) trials are finished after $SECONDS s"
