@@ -14,7 +14,8 @@ A step is forward, backward and the sum of the gradients over the ranks. States 
 the one before it, which bounds the efficiency of L layers on N ranks by L / (L + N - 1)) or gathered (all ranks run a
 layer at once). "ddp x context parallel" is a step in which each pair of ranks has a sequence of its own. "scan x 24" is
 as many scans, each of the output of the last. "block" is what a layer adds to a stack: the time of 24 minus that of 12,
-over 12. "a chunk, apart" is where a chunk's time goes (see `apart`). "alone" is one GPU as a rank of several that hears
+over 12. "a chunk, apart" is where a chunk's time goes (see `apart`), by CUDA graphs and, "eager", without. Rows of
+chunks tell how often graphs were replayed. "alone" is one GPU as a rank of several that hears
 its own messages: what gathering computes, without what ranks wait for. "fit" is `mambaseq fit`, steps captured where it
 captures them: data parallel, sharded, and data parallel over pairs of GPUs that share sequences.
 """
@@ -22,6 +23,7 @@ captures them: data parallel, sharded, and data parallel over pairs of GPUs that
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -30,6 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,16 +103,19 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
     several = measure.context.size > 1
     # groups have communicators of their own, which ranks that are all on one GPU cannot have
     grouped = measure.context.size > 2 and measure.context.size % 2 == 0 and type(measure.context) is Context
-    found: dict[str, tuple[bool, Callable[[], None]]] = {
+    found: dict[str, tuple[bool, Callable[[], Any]]] = {
         "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
         "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=1)),
+        "apart": (
+            several,
+            lambda: [apart(measure, long // 2, size, chunk_length, by_graphs) for by_graphs in (True, False)],
+        ),
         "grouped": (grouped, lambda: groups_of(measure, (long, longest), size, chunk_length, 2)),
-        "apart": (several, lambda: apart(measure, long // 2, size, chunk_length)),
         "layers": (several, lambda: layers_of(measure, length, width, size["n_layers"])),
         "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),
         "large": (several and "9 B" in models, lambda: trained(measure, "9 B", "fsdp2", *models["9 B"])),
         "ddp": (True, lambda: trained(measure, "130 M", "ddp", *models["130 M"])),
-        "longest": (several, lambda: steps_of(measure, longest, size, chunk_length, repeats=1)),
+        "longest": (several, lambda: steps_of(measure, longest, size, chunk_length, repeats=0)),
         "ways": (several, lambda: both_ways(measure)),
         "alone": (not several, lambda: alone(measure, length, size, (2, 4, 8))),
     }
@@ -148,6 +154,9 @@ def main() -> None:
     if options.gpus:
         with tempfile.TemporaryDirectory() as folder:
             sys.exit(launch(options, Path(folder)))
+    # why chunks or steps were not captured, with its traceback
+    logging.basicConfig()
+    logging.getLogger("mambaseq.backbones.graphed").setLevel(logging.DEBUG)
     device = torch.device("cpu")
     if not options.tiny:
         device = torch.device("cuda", 0 if options.one_gpu else int(os.environ["LOCAL_RANK"]))

@@ -9,10 +9,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from parallel_measures import FORMS, Echo, Measure, Waits, check_one, data, dtype_of, model_of, quiet, step_of
+from parallel_measures import (
+    FORMS,
+    Echo,
+    Measure,
+    Waits,
+    check_one,
+    data,
+    dtype_of,
+    model_of,
+    quiet,
+    replays,
+    step_of,
+)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from mambaseq.backbones.automatic import EAGER_CALLS
 from mambaseq.backbones.base import ContextStates
 from mambaseq.backbones.residual import ResidualStack
 from mambaseq.domain import catalog
@@ -111,14 +124,16 @@ def layers_of(measure: Measure, length: int, width: int, layers: int) -> None:
 
 def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: int | None, repeats: int) -> None:
     """A whole step, as `step_of`; the losses of one and of all are kept beside it. All ranks together have
-    chunk_length positions at a time, as one GPU does."""
+    chunk_length positions at a time, as one GPU does; then chunks are replayed from CUDA graphs where that is of use,
+    `replays` of them in a step, and `eager` are those of several GPUs that are not."""
     device, context = measure.device, measure.context
-    model = model_of(device, size, chunk_length=chunk_length)
+    if chunk_length is not None:
+        steps_in_chunks(measure, length, size, chunk_length, repeats)
+        return
+    model = model_of(device, size)
     tokens, labels = data(length, size["vocab_size"], device)
-    share = None if chunk_length is None else chunk_length // context.size
-    part = context.split(length, 1, chunk_length=share)
+    part = context.split(length, 1)
     losses: dict[str, float] = {}
-    forms: tuple[ContextStates, ...] = FORMS if chunk_length is None else ("relayed",)
 
     def noted(key: Any, step: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -127,19 +142,55 @@ def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: 
 
         return run
 
-    if chunk_length is not None:  # kernels are compiled by a shorter one
-        few = 2 * chunk_length
-        for of in (None, context.split(few, 1, chunk_length=share)):
-            step_of(model, tokens[:, :few], labels[:, :few], of)()
     measure.compare(
-        "step" if chunk_length is None else f"step, chunk_length {chunk_length}",
+        "step",
         length,
         noted("one", step_of(model, tokens, labels, None)),
-        {form: noted(form, step_of(model, tokens, labels, part)) for form in forms},
+        {form: noted(form, step_of(model, tokens, labels, part)) for form in FORMS},
         repeats,
-        warm_up=1 if chunk_length is None else 0,
         also=losses,
     )
+
+
+def steps_in_chunks(measure: Measure, length: int, size: dict[str, int], chunk_length: int, repeats: int) -> None:
+    """See `steps_of`. repeats: with 0 the first step counts, whose memory comes from the driver, and `eager` is left
+    out."""
+    device, context = measure.device, measure.context
+    model = model_of(device, size, chunk_length=chunk_length, cuda_graph="auto")
+    tokens, labels = data(length, size["vocab_size"], device)
+    found: dict[str, Any] = {}
+    few, share = 2 * chunk_length, chunk_length // context.size
+
+    def noted(key: str, part: Part | None) -> Callable[[], None]:
+        step = step_of(model, tokens, labels, part)
+
+        def run() -> None:
+            before = replays(model)["replays"]
+            found[f"{key}_loss"] = float(step())
+            found[f"{key}_replays"] = replays(model)["replays"] - before
+            found.update({k: v for k, v in replays(model).items() if k != "replays"})
+
+        return run
+
+    def prepared(key: str, times: int, part: Part | None) -> Callable[[], None]:
+        """Kernels are compiled and chunks are captured by shorter steps, of two chunks each."""
+
+        def run() -> None:
+            model.backbone.cuda_graph = False if key == "eager" else "auto"
+            for _ in range(times):
+                step_of(model, tokens[:, :few], labels[:, :few], part)()
+
+        return run
+
+    shorter, part = context.split(few, 1, chunk_length=share), context.split(length, 1, chunk_length=share)
+    before = {"one": prepared("one", 1, None), "eager": prepared("eager", 1, shorter)}
+    before["relayed"] = prepared("relayed", 1 + EAGER_CALLS // 2, shorter)
+    split = {"eager": noted("eager", part), "relayed": noted("relayed", part)}
+    if not repeats:
+        del split["eager"]
+    name = f"step, chunk_length {chunk_length}"
+    one = noted("one", None)
+    measure.compare(name, length, one, split, max(1, repeats), warm_up=min(1, repeats), also=found, before=before)
 
 
 def groups_of(measure: Measure, lengths: Sequence[int], size: dict[str, int], chunk_length: int, shared: int) -> None:
@@ -167,23 +218,26 @@ def groups_of(measure: Measure, lengths: Sequence[int], size: dict[str, int], ch
         measure.compare(name, length, one, {"relayed": split}, repeats=1, warm_up=0, sequences=groups, also=losses)
 
 
-def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int) -> None:
+def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int, by_graphs: bool) -> None:
     """Where the time of a chunk goes, in ms, that of the slowest rank: `chunk_ms` the whole; `quiet_ms` without
     messages (states are zeros); `waits_ms` of it a GPU waits for a neighbour's; and what the host needs to start it,
     which is the time of a chunk of few positions: `host_ms`, and `host_quiet_ms` without messages. Those of one GPU by
-    itself, whose chunks are as long as those of all ranks: `one_ms`, `host_one_ms`."""
+    itself, whose chunks are as long as those of all ranks: `one_ms`, `host_one_ms`. by_graphs: all are replayed, stages
+    of a chunk as often as `replays` of each says; if not, none."""
     device, context = measure.device, measure.context
-    model = model_of(device, size, chunk_length=chunk_length)
+    model = model_of(device, size, chunk_length=chunk_length, cuda_graph=by_graphs)
     few = chunk_length // 2 if measure.tiny else 256
-    row: dict[str, Any] = {"name": "a chunk, apart", "length": length, "ranks": context.size}
+    name = "a chunk, apart" if by_graphs else "a chunk, apart, eager"
+    row: dict[str, Any] = {"name": name, "length": length, "ranks": context.size}
     for name, positions in (("", chunk_length), ("host_", few)):
         tokens, labels = data(length // chunk_length * positions, size["vocab_size"], device)
         model.backbone.chunk_length = positions
         part = context.split(tokens.shape[1], 1, chunk_length=positions // context.size)
         alone, split = step_of(model, tokens, labels, None), step_of(model, tokens, labels, part)
         short = context.split(2 * positions, 1, chunk_length=positions // context.size)
-        for of in (None, short):  # kernels are compiled
-            step_of(model, tokens[:, : 2 * positions], labels[:, : 2 * positions], of)()
+        for of in (None, short):  # kernels are compiled, and chunks captured
+            for _ in range(3 if by_graphs else 1):
+                step_of(model, tokens[:, : 2 * positions], labels[:, : 2 * positions], of)()
         waits = Waits(context, device)
         for key, step, around in (
             ("one", alone, contextlib.nullcontext()),
@@ -191,13 +245,16 @@ def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int
             ("quiet", split, quiet(context, device)),
         ):
             measure.tidy()
+            before = replays(model)["replays"]
             with around:
                 found = measure.timed(step, repeats=1, warm_up=0)
+            row[f"{name}{key}_replays"] = replays(model)["replays"] - before
+            row[f"{name}{key}_gc"] = measure.told["gc_ms"] / len(part.mine)
             told = "host" if name and key == "chunk" else f"{name}{key}"
             row[f"{told}_ms"] = 1e3 * found[0] / len(part.mine) if found else None
         if not name:
             row["waits_ms"] = [1e3 * float(one) / len(part.mine) for one in context.gather(waits.seconds())]
-    measure.keep(row)
+    measure.keep(row | replays(model))
 
 
 def both_ways(measure: Measure) -> None:

@@ -116,21 +116,57 @@ class Heard:
         return self._everyone
 
 
+class Collections:
+    """Within `with`, the seconds in which Python looked for what nothing holds, while it did nothing else."""
+
+    def __init__(self) -> None:
+        self.seconds, self._began = 0.0, 0.0
+
+    def _call(self, phase: str, _: Any) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        else:
+            self.seconds += time.perf_counter() - self._began
+
+    def __enter__(self) -> Collections:
+        gc.callbacks.append(self._call)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gc.callbacks.remove(self._call)
+
+
+def idle_in_graphs() -> int:
+    """Bytes of CUDA graphs' own memory in which no tensor is that PyTorch counts: a replay's, which it does not see."""
+    segments = torch.cuda.memory_snapshot()
+    own = [one for one in segments if tuple(one.get("segment_pool_id", (0, 0))) != (0, 0)]
+    return sum(one["total_size"] - one["allocated_size"] for one in own)
+
+
+def replays(model: SequenceModel) -> dict[str, Any]:
+    """How many stages of chunks were replayed from CUDA graphs, and why no more are, where that is."""
+    graphs = model.backbone.chunk_graphs  # type: ignore[union-attr]
+    why: dict[str, Any] = {} if graphs.why_not is None else {"why_not_replayed": graphs.why_not}
+    return {"replays": graphs.replays} | why  # type: ignore[operator]
+
+
 class Measure:
-    """What all measurements share: the ranks, sizes, and the rows found so far."""
+    """What all measurements share: the ranks, sizes, and the rows found so far. told: of the last call that was timed,
+    besides what `timed` gives."""
 
     def __init__(self, context: Context, device: torch.device, out: Path | None, tiny: bool) -> None:
         self.context, self.device, self.out, self.tiny = context, device, out, tiny
         self.rows: list[dict[str, Any]] = []
         self.began = time.perf_counter()
+        self.told: dict[str, float] = {}
 
     def worst(self, value: float) -> float:
         """The largest of all ranks' values."""
         return max(float(v) for v in self.context.gather(torch.tensor([value], device=self.device)))
 
     def timed(self, function: Callable[[], Any], repeats: int, warm_up: int) -> tuple[float, float] | None:
-        """Median seconds of a call that all ranks begin together, the slowest's, and its peak of memory in GiB. None
-        where it needs more than a rank has."""
+        """Median seconds of a call that all ranks begin together, the slowest's, and its peak of memory in GiB, that of
+        graphs with it. None where it needs more than a rank has."""
         cuda = self.device.type == "cuda"
         seconds = []
         for number in range(warm_up + repeats):
@@ -139,19 +175,24 @@ class Measure:
                 torch.cuda.synchronize()
                 if number == warm_up:
                     torch.cuda.reset_peak_memory_stats()
+            asked = torch.cuda.memory_stats().get("num_device_alloc", 0) if cuda else 0
             start, lacks = time.perf_counter(), 0.0
-            try:
-                function()
-                if cuda:
-                    torch.cuda.synchronize()
-            except torch.OutOfMemoryError:
-                lacks = 1.0
+            with Collections() as collections:
+                try:
+                    function()
+                    if cuda:
+                        torch.cuda.synchronize()
+                except torch.OutOfMemoryError:
+                    lacks = 1.0
             taken = time.perf_counter() - start
+            more = torch.cuda.memory_stats().get("num_device_alloc", 0) - asked if cuda else 0
+            # what the host lost to Python's collector, and how often it asked the driver for memory
+            self.told = {"gc_ms": 1e3 * self.worst(collections.seconds), "mallocs": self.worst(more)}
             if self.worst(lacks):
                 return None
             if number >= warm_up:
                 seconds.append(self.worst(taken))
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        peak = (torch.cuda.max_memory_allocated() + idle_in_graphs()) / 2**30 if cuda else 0.0
         return statistics.median(seconds), self.worst(peak)
 
     def compare(
@@ -165,15 +206,21 @@ class Measure:
         ranks: int = 0,
         sequences: int = 1,
         also: Mapping[str, Any] | None = None,
+        before: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
         """A row: the whole sequence on one GPU (each rank does so by itself), and split over all in some ways.
-        sequences: how many the ranks work on at a time. also: what the functions find."""
+        sequences: how many the ranks work on at a time. also: what the functions find. before: what is run before some
+        of them, which is not measured."""
         ranks = ranks or self.context.size
         row: dict[str, Any] = {"name": name, "length": length, "ranks": ranks}
         for key, function in {"one": one, **split}.items():
+            if before is not None and key in before:
+                before[key]()
             self.tidy()
             found = self.timed(function, repeats, warm_up)
             row[f"{key}_s"], row[f"{key}_gib"] = found or (None, None)
+            if before is not None:
+                row |= {f"{key}_{name}": value for name, value in self.told.items()}
             if found and key != "one" and row["one_s"]:
                 row[f"{key}_efficiency"] = sequences * row["one_s"] / (ranks * row[f"{key}_s"])
                 row[f"{key}_memory"] = row[f"{key}_gib"] / row["one_gib"] if row["one_gib"] else None
@@ -228,8 +275,9 @@ def data(length: int, vocabulary: int, device: torch.device, batch: int = 1) -> 
 
 
 def model_of(device: torch.device, size: dict[str, int], **options: Any) -> SequenceModel:
+    """cuda_graph: False, unless it is given."""
     torch.manual_seed(0)
-    return causal_lm(**size, cuda_graph=False, **options).to(device)
+    return causal_lm(**size, **({"cuda_graph": False} | options)).to(device)
 
 
 def check(measure: Measure, chunks_alone: bool) -> None:
@@ -252,6 +300,12 @@ def check(measure: Measure, chunks_alone: bool) -> None:
     cases: list[tuple[str, ContextStates, dict[str, Any], dict[str, Any]]] = [
         *forms,
         ("mamba, in chunks", "auto", {"chunk_length": length // 8}, {"chunk_length": length // 8}),
+        (
+            "mamba, in chunks, by graphs",
+            "auto",
+            {"chunk_length": length // 8, "cuda_graph": True},
+            {"chunk_length": length // 8},
+        ),
         ("mamba, mamba2 and s4d", "auto", {"pattern": ["mamba", "mamba2", "s4d"]}, {}),
     ]
     for name, form, options, how in cases:
@@ -269,16 +323,19 @@ def check_one(
     context, (tokens, labels) = measure.context, of
     length = tokens.shape[1]
     found = []
+    by_graphs = measure.device.type == "cuda" and model.backbone.cuda_graph is True
+    before = replays(model)["replays"] if how else 0
     for part in (None, context.split(length, 2, **how)):
-        model.zero_grad()
-        if part is None:
-            loss = model(tokens, labels).loss
-            loss.backward()
-        else:
-            with part:
-                loss = model(part.take(tokens), part.take(labels)).loss
-            loss.backward()
-            context.sum_gradients(model.parameters())
+        for _ in range(3 if by_graphs else 1):  # captured at the second
+            model.zero_grad()
+            if part is None:
+                loss = model(tokens, labels).loss
+                loss.backward()
+            else:
+                with part:
+                    loss = model(part.take(tokens), part.take(labels)).loss
+                loss.backward()
+                context.sum_gradients(model.parameters())
         found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (loss, gradients), (split_loss, split_gradients) = found
     errors = [
@@ -295,6 +352,9 @@ def check_one(
     }
     if not (row["loss_error"] < 1e-4 and row["gradient_error"] < 1e-2 and row["gradient_error_median"] < 1e-3):
         row["wrong"] = True
+    if by_graphs:
+        row |= replays(model)
+        row["wrong"] = row.get("wrong", False) or row["replays"] == before
     measure.keep(row)
 
 

@@ -70,6 +70,13 @@ def _milliseconds(value: float | Sequence[float] | None) -> str:
     return f"{value:.1f}" if isinstance(value, float) else " and ".join(f"{one:.1f}" for one in value)
 
 
+def _replayed(row: Row) -> str:
+    """How many stages of chunks were replayed from CUDA graphs, or that none was, and why."""
+    found = ", ".join(f"{key} {value}" for key, value in row.items() if key.endswith("_replays"))
+    why = f", not captured: {row['why_not_replayed']}" if "why_not_replayed" in row else ""
+    return f"; {found}{why}" if found else ""
+
+
 def tables(rows: Sequence[Row]) -> str:
     """In Markdown."""
     lines = ["| | positions | GPUs | one GPU, s | relayed, s | efficiency | gathered, s | efficiency | memory a rank |"]
@@ -90,7 +97,13 @@ def tables(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.get("chunk_ms"):
             apart = ", ".join(f"{key} {_milliseconds(value)}" for key, value in row.items() if key.endswith("_ms"))
-            lines += ["", f"{row['name']}, {row['length']:,} positions on {row['ranks']}: {apart}"]
+            lines += ["", f"{row['name']}, {row['length']:,} positions on {row['ranks']}: {apart}{_replayed(row)}"]
+        elif "relayed_replays" in row:
+            eager = f"eager {row['eager_s']:.4f} s, " if row.get("eager_s") else ""
+            told = {key: value for key, value in row.items() if key.endswith(("_gc_ms", "_mallocs")) and value}
+            found = "".join(f", {key} {value:.0f}" for key, value in told.items())
+            where = f"{row['name']}, {row['length']:,} positions on {row['ranks']}"
+            lines += ["", f"{where}: {eager}relayed {row['relayed_s']:.4f} s{_replayed(row)}{found}"]
     failed = [f"{row['name']} on {row['ranks']}: {row['failed']}" for row in rows if row.get("failed")]
     return "\n".join([*lines, *failed])
 

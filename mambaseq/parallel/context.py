@@ -77,16 +77,20 @@ class Context:
         if self._makes_links and self.size > 1:
             for back in (False, True):
                 for colour in range(2 + self.size % 2):
-                    self._links[back, colour] = self._new_group(timeout)
+                    # few bytes: what waits for the other rank holds as many processors
+                    self._links[back, colour] = self._new_group(timeout, processors=2)
             self._gathers = self._new_group(timeout)
             self._connect(torch.device("cuda", torch.cuda.current_device()))
 
-    def _new_group(self, timeout: datetime.timedelta | None) -> Any:
+    def _new_group(self, timeout: datetime.timedelta | None, processors: int | None = None) -> Any:
         """Another communicator of the same ranks. Its kernels come first where others fill the GPU, for a state is
-        waited for, and they stand in no queue with sums of gradients, which may wait for another rank meanwhile."""
+        waited for, and they stand in no queue with sums of gradients, which may wait for another rank meanwhile.
+        processors: how many of a GPU's its kernels take at most."""
         # each communicator has messages of one kind, so that it does not matter that they keep their order
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if processors is not None:
+            options.config.min_ctas, options.config.max_ctas = 1, processors
         if timeout is not None:
             options._timeout = timeout
         ranks = dist.get_process_group_ranks(self.group)

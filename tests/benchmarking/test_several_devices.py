@@ -28,10 +28,12 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     first = [run("fit, ddp", 1, 100.0), step(2, 9.0), run("fit, ddp", 2, 190.0), run("fit, fsdp2", 8, 500.0)]
     second = [step(2, 5.0), step(4, 2.5), run("fit, ddp x context parallel", 4, 300.0)]
     second += [{"name": "a chunk, apart", "length": 64, "ranks": 4, "chunk_ms": 9.0, "waits_ms": [1.0, 2.25]}]
+    replayed = {"relayed_replays": 0, "why_not_replayed": "it waits", "relayed_gc_ms": 4.0, "relayed_mallocs": 0}
+    second += [{**step(2, 5.0), "name": "step, chunk_length 32", "eager_s": 6.0, **replayed}]
     second += [{"name": "fit, fsdp2", "length": 2048, "ranks": 2, "failed": "it ended"}]
     second += [{**step(4, 4.0), "name": "step, ddp x context parallel 2, chunk_length 65536", "length": 2**20}]
     rows = parallel_report.merged(first, second)
-    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 4, 4, 4, 4, 8]
+    assert [row["ranks"] for row in rows] == [1, 2, 2, 2, 2, 4, 4, 4, 4, 8]
     failed = {"name": "fit, ddp", "length": 2048, "ranks": 2, "failed": "not done"}
     assert parallel_report.merged(rows, [failed]) == rows  # what was measured stays
     told = parallel_report.tables(json.loads(json.dumps(rows)))
@@ -40,6 +42,8 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     assert "| fit, ddp | 130,000,000 | 2 | 190 | 95 % |" in told
     assert "| fit, ddp x context parallel | 130,000,000 | 4 | 300 | 75 % |" in told  # of one GPU by ddp
     assert "a chunk, apart, 64 positions on 4: chunk_ms 9.0, waits_ms 1.0 and 2.2" in told
+    how = "eager 6.0000 s, relayed 5.0000 s; relayed_replays 0, not captured: it waits, relayed_gc_ms 4"
+    assert f"step, chunk_length 32, 131,072 positions on 2: {how}" in told
     assert "fit, fsdp2 on 2: it ended" in told
     pictures = [tmp_path / name for name in ("one.svg", "two.svg")]
     for path in pictures:
