@@ -10,6 +10,7 @@ from agreement import DEVICES, Draw, device_or_skip, poisoned_memory
 from torch import Tensor
 
 from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.trapezoid import angles
 from mambaseq.ops.trapezoid.angles import AngleArguments, added_up, kernel
 
 
@@ -31,8 +32,18 @@ def apart(found: Tensor, expected: Tensor) -> float:
     ],
 )
 def test_kernels_equal_the_definition(
-    length: int, heads: int, shared: bool, n: int, bounds: list[int] | None, begun: bool, device: str
+    length: int,
+    heads: int,
+    shared: bool,
+    n: int,
+    bounds: list[int] | None,
+    begun: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A program takes the gradients of two heads, or of one."""
+    if begun:
+        monkeypatch.setattr(angles, "_PROGRAMS", 3)
     place, draw = device_or_skip(device), Draw(f"angles {length} {begun}")
     batch, several = (2, 2) if bounds is None else (1, len(bounds) - 1)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=place)

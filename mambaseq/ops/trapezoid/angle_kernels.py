@@ -97,19 +97,22 @@ def upto(
     tl.store(angle + to, total.to(tl.float32), mask=here[:, None] & (i < ANGLES)[None, :])
 
 
-@triton.jit(do_not_specialize=["pieces", "length"])
+@triton.jit(do_not_specialize=["pieces", "length", "of_part"])
 def backward(
     values, v_batch, v_row, v_head, dt, d_batch, d_row, d_head, sequence, offset, dangle, after, dvalues, ddt,
-    pieces, length, heads, SHARED: tl.constexpr, ANGLES: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    pieces, length, heads, of_part, SHARED: tl.constexpr, ANGLES: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """dvalues as values and ddt as dt, contiguous; after: sums of dangle behind each piece; offset as above. A program
-    takes all heads of a piece; SHARED: they have the values in common."""
+    takes of_part heads of a piece; SHARED: they have the values in common, and each part of the heads has dvalues of
+    its own."""
     number, batch, row, here = _piece(pieces, length, ROWS)
+    part = tl.program_id(1)
     i = tl.arange(0, HALF)
     known = here[:, None] & (i < ANGLES)[None, :]
     of_row = batch * length + row
     total = tl.zeros([ROWS, HALF], dtype=tl.float32)
-    for h in range(heads):
+    for h in range(part * of_part, tl.minimum((part + 1) * of_part, heads)):
         size = _tanh(values, batch, v_batch, row, v_row, h, v_head, here, i, ANGLES)
         step = _steps(dt, batch, d_batch, row, d_row, h, d_head, here)
         at = (of_row * heads + h)[:, None] * ANGLES + i[None, :]
@@ -125,4 +128,5 @@ def backward(
         else:
             tl.store(dvalues + at, d, mask=known)
     if SHARED:
+        of_row += part * (tl.num_programs(0) // pieces).to(tl.int64) * length
         tl.store(dvalues + of_row[:, None] * ANGLES + i[None, :], total, mask=known)

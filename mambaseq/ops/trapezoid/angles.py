@@ -17,6 +17,7 @@ from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
 _ROWS = 32  # positions of a piece
+_PROGRAMS = 2048  # wanted before one takes the gradients of several heads
 
 
 class AngleArguments(NamedTuple):
@@ -140,16 +141,21 @@ def _backward(a: AngleArguments, dangle: Tensor, dlast: Tensor) -> tuple[Tensor 
         whole, offset = ends[:, -1:], None
         after = whole - ends
         if a.cu_seqlens is None:
-            after, dstart = after + dend[:, None], whole[:, 0] + dend
+            after, dstart = after + dend[:, None], None if a.before is None else whole[:, 0] + dend
         else:
             offset, dstart = dend - (whole[:, 0] - at[1:]), at[1:] - at[:-1] + dend
-        dvalues, ddt = (torch.empty(v.shape, dtype=torch.float32, device=v.device) for v in (a.values, a.dt))
-        _kernels().backward[(sizes.batch * sizes.pieces,)](
-            *sizes.given, sizes.sequence, offset, dangle, after, dvalues, ddt, *sizes.counts, SHARED=sizes.shared,
-            **sizes.known,
+        heads = max(1, min(sizes.heads, sizes.batch * sizes.pieces * sizes.heads // _PROGRAMS))
+        parts = -(-sizes.heads // heads)
+        shape = (parts, *a.values.shape) if sizes.shared else a.values.shape
+        dvalues, ddt = (torch.empty(v, dtype=torch.float32, device=a.dt.device) for v in (shape, a.dt.shape))
+        _kernels().backward[(sizes.batch * sizes.pieces, parts)](
+            *sizes.given, sizes.sequence, offset, dangle, after, dvalues, ddt, *sizes.counts, heads,
+            SHARED=sizes.shared, **sizes.known,
             # threads that hold the same sum would each round it in their own way, and any of them may write it
             enable_fp_fusion=False,
         )  # fmt: skip
+        if sizes.shared:
+            dvalues = dvalues.squeeze(0) if parts == 1 else dvalues.sum(0)
     return dvalues, ddt, None if a.before is None else dstart.view(dlast.shape).to(a.before.dtype)
 
 

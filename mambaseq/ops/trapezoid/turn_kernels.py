@@ -4,7 +4,7 @@
 B and C `(rows, RANK, groups, N)` float32, biases `(heads, RANK, N)`, angles `(rows, heads, ANGLES)` float64, of which a
 program takes whole turns off before it goes on in float32, or float32 of few turns. Turned ones are `(rows, RANK,
 heads, N)` float32 or bfloat16. Pairs are halves of the channels (HALVES) or neighbours; those behind the first ANGLES
-stay. A program takes ROWS rows and PAIRS pairs, and HEADS heads of a group one after the other.
+stay. A program takes ROWS rows and PAIRS pairs, and of_part heads of a group one after the other.
 """
 
 import triton
@@ -58,8 +58,7 @@ def _turn(angle, row, known, h, heads, i, turns, ANGLES: tl.constexpr):
 
 
 @triton.jit
-def _program(heads_of_group, N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-             HEADS: tl.constexpr):  # fmt: skip
+def _program(heads_of_group, of_part, N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """Rows; pairs, and the first of them; group, rank, the first of its heads and the one behind the last."""
     blocks: tl.constexpr = (N // 2 + PAIRS - 1) // PAIRS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -67,8 +66,8 @@ def _program(heads_of_group, N: tl.constexpr, RANK: tl.constexpr, ROWS: tl.const
     i = begin + tl.arange(0, PAIRS)
     g = tl.program_id(1) // blocks // RANK
     r = tl.program_id(1) // blocks % RANK
-    first = g * heads_of_group + tl.program_id(2) * HEADS
-    return row, i, begin, g, r, first, tl.minimum(first + HEADS, (g + 1) * heads_of_group)
+    first = g * heads_of_group + tl.program_id(2) * of_part
+    return row, i, begin, g, r, first, tl.minimum(first + of_part, (g + 1) * heads_of_group)
 
 
 @triton.jit
@@ -77,13 +76,13 @@ def _biased(bias, one, other, h, r, i, N: tl.constexpr, RANK: tl.constexpr, HALV
     return one + bias_one[None, :], other + bias_other[None, :]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "of_part"])
 def turn(
-    B, C, B_bias, C_bias, angle, B_to, C_to, rows, heads, groups, heads_of_group,
+    B, C, B_bias, C_bias, angle, B_to, C_to, rows, heads, groups, heads_of_group, of_part,
     N: tl.constexpr, ANGLES: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    row, i, begin, g, r, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
+    row, i, begin, g, r, first, end = _program(heads_of_group, of_part, N, RANK, ROWS, PAIRS)
     known = row < rows
     mask = known[:, None] & (i < N // 2)[None, :]
     of_row = row.to(tl.int64) * RANK + r
@@ -112,15 +111,16 @@ def _four_sums(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "of_part"])
 def turn_backward(
-    B, C, B_bias, C_bias, angle, dB_to, dC_to, dB, dC, dB_bias, dC_bias, dangle, rows, heads, groups, heads_of_group,
+    B, C, B_bias, C_bias, angle, dB_to, dC_to, dB, dC, dB_bias, dC_bias, dangle, rows, heads, groups,
+    heads_of_group, of_part,
     N: tl.constexpr, ANGLES: tl.constexpr, RANK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC as B, one share a part of HEADS heads of a group; gradients of the biases (blocks, heads, RANK, N), one
+    """dB and dC as B, one share a part of a group; gradients of the biases (blocks, heads, RANK, N), one
     share a block of rows, of the angles (RANK, rows, heads, ANGLES), all float32. A program takes one rank's."""
-    row, i, begin, g, r, first, end = _program(heads_of_group, N, RANK, ROWS, PAIRS, HEADS)
+    row, i, begin, g, r, first, end = _program(heads_of_group, of_part, N, RANK, ROWS, PAIRS)
     turns = begin < ANGLES
     known = row < rows
     pair = i < N // 2

@@ -79,7 +79,8 @@ def why_not(a: TurnArguments) -> str | None:
 
 
 def _sizes(a: TurnArguments, most: int) -> tuple[tuple[int, int, int], dict[str, Any], tuple[int, ...]]:
-    """The grid; what kernels know when they are compiled; rows, heads, groups, heads of a group.
+    """The grid; what kernels know when they are compiled; rows, heads, groups, heads of a group and
+    of a program.
 
     most: heads of a group that a program takes, at most.
     """
@@ -95,10 +96,9 @@ def _sizes(a: TurnArguments, most: int) -> tuple[tuple[int, int, int], dict[str,
         "HALVES": a.halves,
         "ROWS": _ROWS,
         "PAIRS": pairs,
-        "HEADS": heads,
     }
     grid = blocks, groups * rank * columns, -(-per_group // heads)
-    return grid, known, (rows, a.heads, groups, per_group)
+    return grid, known, (rows, a.heads, groups, per_group, heads)
 
 
 def _contiguous(a: TurnArguments) -> tuple[Tensor, ...]:
