@@ -33,7 +33,7 @@ def run(context: Context) -> list[Table]:
     vocabulary = context.at(full=8192, small=64, tiny=16)
     pairs = context.at(full=(2, 4, 8, 16, 32, 64), small=(2, 4, 8), tiny=(4,))
     spread = context.at(full=8, small=8, tiny=4)  # tokens of a sequence to a pair
-    steps = context.at(full=(3_000, 1_000, 600, 600, 600, 2_000), small=(1_500, 400, 400), tiny=(2,))
+    steps = context.at(full=(3_000, 800, 500, 500, 500, 1_500), small=(1_500, 400, 400), tiny=(2,))
     tokens = context.at(full=2**14, small=2**11, tiny=32)  # of a batch
     n_pairs, length = pairs[-1], spread * pairs[-1]
 
