@@ -93,13 +93,13 @@ def run(context: Context) -> list[Table]:
     about = (
         "Share of states that are told rightly in the second half of test sequences of each length "
         f"({_counts(tested)}), scaled so that 0 is the share of the most frequent one and 100 all. Layers: {layers}, "
-        f"of d_model {d_model}; batches of {batch_size}, trained at the lengths {', '.join(map(str, learned))} one after "
-        f"the other, every position's state a target; AdamW, learning rate {lr:g} with warm-up and cosine at each, until validation sequences as "
-        f"long are right or {first:,} steps are done, {steps:,} where the half was learned before; at the last, until "
-        f"those {_BEYOND} times as long are right or {last:,} steps are done. Step sizes of Mamba-2 and -3 begin "
-        f"between {_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer sequences are read in pieces, the state handed on. "
-        "The paper's figures, in percent, are each the best of 16 settings, trained at up to 160 tokens and tested at "
-        "256, with multiplication before addition."
+        f"of d_model {d_model}; batches of {batch_size}, trained at the lengths {', '.join(map(str, learned))} one "
+        f"after the other, every position's state a target; AdamW, learning rate {lr:g} with warm-up and cosine at "
+        f"each, until validation sequences as long are right or {first:,} steps are done, {steps:,} where the half was "
+        f"learned before; at the last, until those {_BEYOND} times as long are right or {last:,} steps are done. Step "
+        f"sizes of Mamba-2 and -3 begin between {_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer sequences are read "
+        "in pieces, the state handed on. The paper's figures, in percent, are each the best of 16 settings, trained at "
+        "up to 160 tokens and tested at 256, with multiplication before addition."
     )
     tables = []
     names = context.wanted(MODELS, TASKS)
