@@ -58,7 +58,7 @@ def run(context: Context) -> list[Table]:
     # for the first length, for those that are followed by their double, and for the last one
     first, steps, last = context.at(full=(2_000, 800, 2_000), small=(600, 400, 600), tiny=(2, 2, 2))
     batch_size = context.at(full=64, small=32, tiny=2)
-    lr = context.at(full=2e-3, small=4e-3, tiny=4e-3)
+    lr = context.at(full=1e-3, small=4e-3, tiny=4e-3)
     layers, d_model = context.at(full=(2, 128), small=(1, 64), tiny=(1, 8))
 
     def trial(name: str, task: Task, seed: int, checkpoint: Path) -> dict[str, float]:
