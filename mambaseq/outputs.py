@@ -193,6 +193,26 @@ def check_picture(path: str | Path | None, option: str = "--picture") -> None:
         )
 
 
+class Lines:
+    """What the writers of `csv` write to, so that the lines of a file end with "\\n". Their `lineterminator` is left as
+    it is, CRLF: of its signs a writer knows which cells need quotes, and a lone carriage return is a line's end to
+    readers.
+
+    >>> import csv, io
+    >>> out = io.StringIO(newline="")
+    >>> _ = csv.writer(Lines(out)).writerow(["a", "b\\rc"])
+    >>> out.getvalue()
+    'a,"b\\rc"\\n'
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._write = file.write
+
+    def write(self, row: str) -> int:
+        return self._write(f"{row.removesuffix(_CRLF)}\n")
+
+
+_CRLF = "\r\n"
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from mambaseq.ops.eager import is_eager
+
 _T = TypeVar("_T")
 
 
@@ -86,6 +88,22 @@ def of_positions(cu_seqlens: Tensor, length: int) -> Tensor:
     """`(length,)` int64: which sequence each position belongs to."""
     positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+
+
+def spoilt(bad: Tensor, begin: Tensor, axis: int) -> Tensor | None:
+    """Where a recurrence has met what is bad in the same sequence, in the shape of `bad`; None where nothing is, as far
+    as a CPU knows without waiting.
+
+    Scans over a whole row multiply what is another sequence's by 0, and 0 times NaN or infinity is NaN. So what is not
+    finite is left out of them, and put back there.
+
+    bad: `(..., n, ...)` bool, n along `axis`. begin: `(n,)`, where each one's sequence begins, 0 at least.
+    """
+    if bad.is_cpu and is_eager(bad) and not bool(bad.any()):
+        return None
+    along = [-1 if place == axis % bad.ndim else 1 for place in range(bad.ndim)]
+    index = torch.arange(bad.shape[axis], device=bad.device).view(along)
+    return torch.where(bad, index, -1).cummax(axis).values >= begin.view(along)
 
 
 class Chunks(NamedTuple):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mambaseq.atomic import json_text
 from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, shown
-from mambaseq.outputs import output_file, safe_cell
+from mambaseq.outputs import Lines, output_file, safe_cell
 from mambaseq.plain import flatten, read_yaml
 from mambaseq.reporting.runs import RunFolder
 
@@ -114,7 +114,7 @@ def ordered(runs: Runs, column: str, descending: bool = False) -> Runs:
 def write_csv(runs: Runs, path: Path) -> None:
     """Write the table; text that a spreadsheet would run gets an apostrophe before it."""
     with output_file(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(Lines(file))
         writer.writerow(map(safe_cell, runs.columns))
         writer.writerows([safe_cell(cell) if isinstance(cell, str) else cell for cell in row] for row in runs.rows)
 

@@ -296,12 +296,21 @@ def whole_keys(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         whole = f"{prefix}{key}"
         if (top := whole.partition(".")[0].rstrip("+")) not in TOP:
-            raise ConfigError(f"there is no key {shown(whole)}.{did_you_mean(top[:80], TOP)} Known: {', '.join(TOP)}.")
+            near = _below(whole) or did_you_mean(top[:80], TOP)
+            raise ConfigError(f"there is no key {shown(whole)}.{near} Known: {', '.join(TOP)}.")
         if isinstance(value, Mapping) and _SECTION.fullmatch(whole):
             found |= whole_keys(value, f"{whole}.")
         else:
             found[whole] = value
     return found
+
+
+def _below(key: str) -> str:
+    """A hint at the sections that have a key of this name, where it is given without one."""
+    there = {section: arguments_in(target) or () for section, target in SECTIONS.items()}
+    found = [f"{section}.{key}" for section, names in there.items() if key in names]
+    found = _ELSEWHERE.get(key, found)
+    return f" Did you mean {cut_list([shown(one) for one in found])}?" if found else ""
 
 
 def near_key(key: str, known: Iterable[str], dashes: str = "") -> str:

@@ -32,7 +32,7 @@ from mambaseq.runs.settings import check_overrides, read_settings
 from mambaseq.runs.trainer_classes import KEYS, TrainerClasses, init_parameters, make_classes
 from mambaseq.runs.values import PATHS, check_values
 from mambaseq.specs import arguments_of
-from mambaseq.tasks.optimizer import OptimizerConfig, not_of
+from mambaseq.tasks.optimizer import OptimizerConfig, check_own_settings, not_of
 
 # the kind of thing that a key names, as `mambaseq list` calls it
 KINDS_OF = {"data": "datasets", **{f"model.{part}": f"{part}s" for part in MODEL_PARTS}}
@@ -404,6 +404,7 @@ def parse_config(config: str, overrides: list[str]) -> RunConfig:
             given = ", ".join(f"{section}.{key} {shown(value)}" for key, value in settings[section].items())
             raise ConfigError(f"A value under {section} has the wrong type: {given}.") from error
     catalog()["optimizers"].get(settings["optimizer"]["name"], "optimizer.name")
+    check_own_settings(OptimizerConfig(**settings["optimizer"]))
     for name in settings["metrics"]:
         catalog()["metrics"].get(name, "metrics")
     # nulls are kept, since a missing key reads back as its default; values are not checked again (positional:

@@ -23,7 +23,7 @@ import numpy as np
 from mambaseq.atomic import atomic_path
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean, shown
-from mambaseq.outputs import is_stream, output_stream, output_target, safe_cell
+from mambaseq.outputs import Lines, is_stream, output_stream, output_target, safe_cell
 
 COLUMNS = ("file", "record", "start", "stop")
 ENDINGS = (".csv", ".tsv", ".parquet", ".npz")
@@ -198,7 +198,7 @@ class TextTable(Table):
 
     def __init__(self, file: IO[str], delimiter: str = ",") -> None:
         super().__init__()
-        self._file, self._writer = file, csv.writer(file, delimiter=delimiter)
+        self._file, self._writer = file, csv.writer(Lines(file), delimiter=delimiter)
 
     def _header(self, columns: list[str]) -> None:
         self._writer.writerow([*COLUMNS, *map(safe_cell, columns), "note"])

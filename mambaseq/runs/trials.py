@@ -163,6 +163,9 @@ def told(settings: Mapping[str, Any]) -> str:
     return cut_list([f"{key} {cut(value, 40)}" for key, value in settings.items()], 8, 400)
 
 
+_OF_A_RANGE = ("low", "high", "log", "step")
+_ELSEWHERE = {"min": "low", "from": "low", "start": "low", "max": "high", "to": "high", "stop": "high", "end": "high"}
+"""What other programs call the ends of a range."""
 _KEYS = ("config", "settings", "grid", "search", "trials", "seeds", "seed", "metric", "mode")
 _REMEDY = "A sweep is a YAML mapping with config and either grid or search."
 
@@ -252,11 +255,15 @@ def _space(key: str, value: Any, refuse: Any) -> Range | list[Any]:
     if isinstance(value, list):
         _check_choices(key, value, refuse)
         return value
-    if not isinstance(value, Mapping) or not {"low", "high"} <= value.keys() <= {"low", "high", "log", "step"}:
-        raise refuse(
-            f"{cut(key)} must be a list of values, or {{low: ..., high: ...}} with log: true or a step, not "
-            f"{shown(value)}."
-        )
+    takes = f"{cut(key)} must be a list of values, or {{low: ..., high: ...}} with log: true or a step"
+    if not isinstance(value, Mapping):
+        raise refuse(f"{takes}, not {shown(value)}.")
+    if unknown := [name for name in value if name not in _OF_A_RANGE]:
+        name = str(unknown[0])[:80]
+        near = did_you_mean(_ELSEWHERE.get(name, name), (*_OF_A_RANGE, "choices"))
+        raise refuse(f"{cut(key)}: there is no key {shown(unknown[0])}.{near} {takes}.")
+    if missing := [name for name in ("low", "high") if name not in value]:
+        raise refuse(f"{takes}; {' and '.join(missing)} is missing in {shown(value)}.")
     low, high, log, step = value["low"], value["high"], value.get("log", False), value.get("step")
     if not (fits(low, float) and fits(high, float) and low < high):
         raise refuse(f"{cut(key)} must have low and high, finite numbers, the first below the second.")

@@ -12,17 +12,33 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from mambaseq.atomic import atomic_file
+from mambaseq.outputs import Lines
 from mambaseq.tasks.callbacks import Throughput
 
 
 class _Writer(ExperimentWriter):
+    def save(self) -> None:
+        """Lightning's version ends lines as DOS does."""
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        is_new = not path.is_file()
+        if self._record_new_keys() and not is_new:
+            self._rewrite_with_new_header(self.metrics_keys)
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(Lines(file), fieldnames=self.metrics_keys)
+            if is_new:
+                writer.writeheader()
+            writer.writerows(self.metrics)
+        self.metrics = []
+
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """Lightning's version empties the file first."""
         path = Path(self.metrics_file_path)
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         with atomic_file(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=fieldnames)
+            writer = csv.DictWriter(Lines(file), fieldnames=fieldnames)
             writer.writeheader()
             writer.writerows(rows)
 

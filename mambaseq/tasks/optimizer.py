@@ -251,7 +251,7 @@ def make_optimizer(
         raise ConfigError(
             f"optimizer.name is {shown(config.name)}, whose step cannot be captured in a CUDA graph. Use 'adamw'."
         )
-    _refuse_others(config)
+    check_own_settings(config)
     groups = parameter_groups(model, config.weight_decay, muon=muon, factors=factors, frozen=frozen)
     betas = (config.beta1, config.beta2)
     optimizer: torch.optim.Optimizer
@@ -272,8 +272,9 @@ def make_optimizer(
     return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
 
 
-def _refuse_others(config: OptimizerConfig) -> None:
-    """Raise ConfigError for what the optimizer would not use: options and keys of others."""
+def check_own_settings(config: OptimizerConfig) -> None:
+    """Raise ConfigError for what the optimizer would not use, options and keys of others, and for options that a
+    domain's does not take."""
     if config.options and config.name in _TAKES:
         raise ConfigError(
             f"optimizer.options are for other optimizers than adamw and muon, but optimizer.name is {config.name}. "
@@ -283,16 +284,19 @@ def _refuse_others(config: OptimizerConfig) -> None:
     for key in sorted(not_of(config.name)):
         if (value := getattr(config, key)) != getattr(unset, key):
             has = "options" if config.name not in _TAKES else cut_list(sorted(_TAKES[config.name]))
+            those = " or ".join(name for name, keys in _TAKES.items() if key in keys) or "an optimizer with options"
             raise ConfigError(
-                f"optimizer.{key} is {value}, which {config.name} does not use. Leave it out; what it takes is under "
-                f"optimizer's {has}."
+                f"optimizer.{key} is {value}, which {config.name} does not use. Leave it out, or choose {those} "
+                f"(optimizer.name); what {config.name} takes is under optimizer's {has}."
             )
+    if config.name not in _TAKES:
+        kind = catalog()["optimizers"].get(config.name, "optimizer.name")
+        check_options("optimizer", config.name, kind, {"lr": config.lr, **config.options}, given=1)
 
 
 def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """An optimizer of a domain. Raises ConfigError for options that it does not take, and if it cannot be made."""
+    """An optimizer of a domain. Raises ConfigError if it cannot be made."""
     kind = catalog()["optimizers"].get(config.name, "optimizer.name")
-    check_options("optimizer", config.name, kind, {"lr": config.lr, **config.options}, given=1)
     # some optimizers refuse groups without a weight
     groups = [group for group in groups if group["params"]]
     try:

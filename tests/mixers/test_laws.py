@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -97,6 +98,57 @@ def test_selected_states_are_those_of_their_sequences(name: str, options: dict) 
         _, state = mixer(x, return_state=True)
         order = torch.tensor([2, 0, 2])
         close(mixer(more, state=state.select(order)), mixer(torch.cat([x[order], more], 1))[:, 8:])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["state", "input"])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_what_is_not_finite_stays_in_its_sequence(name: str, options: dict, place: str, bad: float) -> None:
+    """One of a batch, in a step and in more positions, keeps all bits of the others. Packed, where sums over a whole
+    row may be rounded by what stands before, none of the others is lost."""
+    mixer = make(name, options)
+    lengths, spoilt = [3, 70, 1, 20], 1
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def differing(one: State, row: slice, x: torch.Tensor) -> tuple[State, torch.Tensor]:
+        one, x = one.clone(), x.clone()
+        for tensor in tensors(one) if place == "state" else ():
+            if tensor.dtype.is_floating_point or tensor.is_complex():
+                tensor[spoilt] = bad
+        if place == "input":
+            x[row] = bad
+        return one, x
+
+    with torch.no_grad():
+        _, state = mixer(torch.randn(4, 5, D_MODEL), return_state=True)
+        others = [sequence for sequence in range(4) if sequence != spoilt]
+        for x in (torch.randn(4, 1, D_MODEL), torch.randn(4, 40, D_MODEL)):
+            ends = []
+            for one, given in ((state.clone(), x), differing(state, slice(spoilt, spoilt + 1), x)):
+                if x.shape[1] == 1:
+                    ends.append([mixer.step_(given, one), *tensors(one)])
+                else:
+                    y, after = mixer(given, state=one, return_state=True)
+                    ends.append([y, *tensors(after)])
+            for expected, found in zip(*ends, strict=True):
+                assert torch.equal(expected[others], found[others])
+        x = torch.randn(1, sum(lengths), D_MODEL)
+        one, given = differing(state, slice(0, 1), x)
+        if place == "input":
+            given = x.clone()
+            given[:, bounds[spoilt] : bounds[spoilt + 1]] = bad
+        ends = [
+            [*y[0].split(lengths), after.select(torch.tensor(others))]
+            for y, after in (
+                mixer(x, state=state, cu_seqlens=bounds, return_state=True),
+                mixer(given, state=one, cu_seqlens=bounds, return_state=True),
+            )
+        ]
+        for sequence in others:
+            close(ends[1][sequence], ends[0][sequence])
+        if mixer.bounded_state:
+            for expected, found in zip(tensors(ends[0][-1]), tensors(ends[1][-1]), strict=True):
+                close(found, expected)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

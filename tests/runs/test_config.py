@@ -104,6 +104,20 @@ def test_another_optimizer_drops_what_was_for_the_former_one(
     assert capsys.readouterr().err == (f"{note}\n" if note else "")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["momentum=0.8"], r"optimizer\.momentum is 0\.8, which adamw does not use\. Leave it out, or choose muon "),
+        (["options={beta: 0.9}"], r"optimizer\.options are for other optimizers than adamw and muon"),
+    ],
+)
+def test_an_option_of_another_optimizer_is_refused_before_data_are_read(
+    given: list[str], told: str, config: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse_config(str(config), [f"--optimizer.{one}" for one in given])
+
+
 def test_options_of_a_mixer_that_the_pattern_does_not_have(config: Path) -> None:
     pattern = "--model.backbone.pattern=[s4d, attention]"
     assert parse_config(str(config), [pattern]).settings["model"]["mixers"].keys() == {"s4d", "attention", "mlp"}

@@ -20,7 +20,7 @@ from runs.test_prediction import DNA, classifier, fasta, language_model, predict
 from mambaseq.checkpoints import load_model
 from mambaseq.cli.main import main
 from mambaseq.errors import DataError
-from mambaseq.outputs import safe_cell
+from mambaseq.outputs import Lines, safe_cell
 from mambaseq.runs import answers
 
 AUDIO: dict[str, Any] = {
@@ -271,6 +271,22 @@ def test_text_is_no_formula(tmp_path: Path) -> None:
     assert list(row)[5:8] == ["'=a", "'-b", "'@c"]
     values = predict(saved(tmp_path / "n", {"name": "regression", "n_outputs": 9}, BaseTokenizer(), **DNA), source)[0]
     assert any(float(values[f"value_{number}"]) < 0 for number in range(1, 10))
+
+
+def test_lines_end_alike_and_cells_stay_whole(tmp_path: Path) -> None:
+    """A lone carriage return ends a line for readers of CSV, so its cell has quotes."""
+    cells = ["a\rb", "c\nd", 'e"f', "g,h", "plain", "\r\n"]
+    with (tmp_path / "o.csv").open("w", newline="") as file:
+        csv.writer(Lines(file)).writerows([cells, ["next"]])
+    assert (tmp_path / "o.csv").read_bytes().endswith(b'"\r\n"\nnext\n')
+    with (tmp_path / "o.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [cells, ["next"]]
+    model = language_model(tmp_path / "m")
+    for name in ("p.csv", "p.tsv"):
+        assert run(model, [jsonl(tmp_path / "a.jsonl", "To be", "or not")], tmp_path / name) == 0
+        written = (tmp_path / name).read_bytes()
+        assert b"\r" not in written
+        assert written.count(b"\n") == 3
 
 
 def labels(folder: Path, n_classes: int = 3, **options: Any) -> Path:

@@ -242,6 +242,19 @@ def test_a_score_that_is_not_finite_is_of_a_run_that_diverged(here: Path, monkey
             "sweep.yaml: search, with all names combined, asks for 262,144 configurations",
         ),
         ({"search": {"optimizer.lr": {"low": 1}}, "trials": 1}, "or {low: ..., high: ...}"),
+        (
+            {"search": {"optimizer.lr": {"lo": 1, "high": 2}}, "trials": 1},
+            "optimizer.lr: there is no key 'lo'. Did you mean 'low'?",
+        ),
+        (
+            {"search": {"optimizer.lr": {"min": 1, "max": 2}}, "trials": 1},
+            "optimizer.lr: there is no key 'min'. Did you mean 'low'?",
+        ),
+        (
+            {"search": {"optimizer.lr": {"choice": [1]}}, "trials": 1},
+            "optimizer.lr: there is no key 'choice'. Did you mean 'choices'?",
+        ),
+        ({"grid": {"lr": [1]}}, "grid: there is no key 'lr'. Did you mean 'optimizer.lr'?"),
         ({"search": {"optimizer.lr": {"low": 0, "high": 1, "log": True}}, "trials": 1}, "low above 0"),
         ({"search": {"optimizer.lr": {"low": 2, "high": 1}}, "trials": 1}, "the first below the second"),
         ({"search": {"optimizer.lr": {"low": -1e308, "high": 1e308}}, "trials": 1}, "optimizer.lr: high - low"),

@@ -135,6 +135,7 @@ def test_killed_as_soon_as_a_checkpoint_is_there_no_logged_step_is_lost(tmp_path
     (log,) = (tmp_path / "whole" / "logs").rglob("metrics.csv")
     rows = [row for row in csv.DictReader(log.open()) if row["train/loss"]]
     assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]  # each once
+    assert b"\r" not in log.read_bytes()
 
 
 def test_killed_before_the_first_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -271,7 +271,7 @@ def test_settings_that_nothing_would_use_are_refused_by_name(run: Path, capsys, 
     before = (run / "config.yaml").read_text()
     capsys.readouterr()
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=9", *options({key: UNUSED[key]})]) == 2
-    assert f"{key} is {UNUSED[key]}, which adamw does not use. Leave it out" in capsys.readouterr().err
+    assert f"{key} is {UNUSED[key]}, which adamw does not use. Leave it out, or choose muon" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == before
     assert main(["fit", "--resume", str(run), "--trainer.max_steps=4"]) == 0
 

@@ -219,8 +219,17 @@ def _states(
         begin = initial[packing.of_position[start:end]]
         h += torch.where(first, decay[0] * begin, 0)
         kept = decay.masked_fill(first, 0)
+        state = torch.where(packing.first[start], 0, state)
     h[:, 0] += kept[:, 0] * state
+    spoilt = None
+    if packing is not None:  # no sequence takes NaN or infinity from another
+        bad = ~(h.isfinite() & kept.isfinite())
+        begins = (packing.starts[packing.of_position[start:end]] - start).clamp(min=0)
+        if (spoilt := sequences.spoilt(bad, begins, 1)) is not None:
+            kept, h = kept.masked_fill(bad, 0), h.masked_fill(bad, 0)
     h = linear_scan_(kept, h)
+    if spoilt is not None:
+        h = h.masked_fill(spoilt, torch.nan)
     entering = torch.cat([state[:, None], h[:, :-1]], dim=1)  # (b, t, c, n)
     if first is not None:
         entering = torch.where(first, begin, entering)

@@ -111,8 +111,10 @@ def _pass_on(log_decay: Tensor, states: Tensor, initial: Tensor | None, layout: 
         else:
             begun = initial
         kept = log_decay.index_select(3, layout.begin).to(states.dtype).exp()
+        if layout.filled is not None:  # an empty sequence's first chunk is another's
+            kept = torch.where(layout.filled[:, 0], kept, 0)
         states = states.index_add(3, layout.begin, kept[..., None] * begun)
-    after = _scan(log_decay, states, layout.of_chunk)
+    after = _apart(log_decay, states, layout)
     entering = F.pad(after, (0, 0, 1, 0))[..., :-1, :]
     if layout.of_chunk is not None:
         goes_on = layout.of_chunk == F.pad(layout.of_chunk, (1, 0), value=-1)[:-1]
@@ -125,6 +127,19 @@ def _pass_on(log_decay: Tensor, states: Tensor, initial: Tensor | None, layout: 
     return entering, final
 
 
+def _apart(log_decay: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+    """`_scan` where no sequence takes NaN or infinity from another."""
+    if layout.of_chunk is None:
+        return _scan(log_decay, v, None)
+    peak = torch.linalg.vector_norm(v.detach(), torch.inf, dim=-1)  # in one pass
+    bad = ~(peak.isfinite() & log_decay.isfinite())  # (b, g, r, chunks)
+    spoilt = sequences.spoilt(bad, layout.begin.index_select(0, layout.of_chunk), 3)
+    if spoilt is None:
+        return _scan(log_decay, v, layout.of_chunk)
+    after = _scan(log_decay.masked_fill(bad, 0), v.masked_fill(bad[..., None], 0), layout.of_chunk)
+    return after.masked_fill(spoilt[..., None], torch.nan)
+
+
 def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
     """h_k = exp(log_decay_k) h_{k-1} + v_k, from zero where a sequence begins.
 
@@ -132,14 +147,14 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
     """
     n = v.shape[-2]
     if n <= _WIDTH:
-        return _segment_decay(_sums(log_decay), v.dtype, sequence) @ v
+        return _segment_decay(_sums(log_decay, sequence), v.dtype, sequence) @ v
     # `_WIDTH` at a time as if nothing came before, then what does come before each of those, by the same scan
     padding = -n % _WIDTH
     log_decay = padded(log_decay, -1, n + padding).unflatten(-1, (-1, _WIDTH))  # (..., pieces, _WIDTH)
     v = padded(v, -2, n + padding).unflatten(-2, (-1, _WIDTH))  # (..., pieces, _WIDTH, features)
     if sequence is not None:
         sequence = torch.cat([sequence, sequence[-1:].expand(padding)]).unflatten(0, (-1, _WIDTH))  # (pieces, _WIDTH)
-    sums = _sums(log_decay)
+    sums = _sums(log_decay, sequence)
     own = _segment_decay(sums, v.dtype, sequence) @ v
     last = None if sequence is None else sequence[:, -1]
     before = F.pad(_scan(sums[..., -1], own[..., -1, :], last), (0, 0, 1, 0))[..., :-1, :]
@@ -150,10 +165,18 @@ def _scan(log_decay: Tensor, v: Tensor, sequence: Tensor | None) -> Tensor:
     return h.flatten(-3, -2)[..., :n, :]  # (..., n, features)
 
 
-def _sums(log_decay: Tensor) -> Tensor:
-    """Those up to each one of the last axis, float64. (`cumsum` on a GPU is refused where results must repeat.)"""
+def _sums(log_decay: Tensor, sequence: Tensor | None = None) -> Tensor:
+    """Those up to each one of the last axis, float64; of each sequence by itself, so that their bits do not depend on
+    others. (`cumsum` on a GPU is refused where results must repeat.)
+
+    sequence: `(n,)`, or `(..., n)` with as many axes as there are before the last one of `log_decay`.
+    """
     n = log_decay.shape[-1]
-    return log_decay @ torch.ones(n, n, dtype=log_decay.dtype, device=log_decay.device).triu()
+    before = torch.ones(n, n, dtype=log_decay.dtype, device=log_decay.device).triu()
+    if sequence is None:
+        return log_decay @ before
+    before = before * (sequence[..., :, None] == sequence[..., None, :])  # (..., n, n)
+    return (log_decay[..., None, :] @ before)[..., 0, :]
 
 
 def _segment_decay(sums: Tensor, dtype: torch.dtype, sequence: Tensor | None = None) -> Tensor:

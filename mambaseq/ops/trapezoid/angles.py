@@ -42,16 +42,31 @@ def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     if a.values.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
     turn = turns(a.values, a.dt)
+    if a.cu_seqlens is not None:
+        return _added_up_packed(a, turn, a.cu_seqlens)
     angle = sums(turn.flatten(2)).view(turn.shape)
-    if a.cu_seqlens is None:
-        angle = angle if a.before is None else angle + a.before[:, None]
-        if angle.shape[1]:
-            return angle, angle[:, -1]
-        return angle, angle.new_zeros(angle.shape[0], *angle.shape[2:]) if a.before is None else a.before
-    ends = F.pad(angle[0], (0, 0, 0, 0, 1, 0)).index_select(0, a.cu_seqlens.long())
+    angle = angle if a.before is None else angle + a.before[:, None]
+    if angle.shape[1]:
+        return angle, angle[:, -1]
+    return angle, angle.new_zeros(angle.shape[0], *angle.shape[2:]) if a.before is None else a.before
+
+
+def _added_up_packed(a: AngleArguments, turn: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of packed sequences, by sums over all of the row; none takes NaN or infinity from another."""
+    bounds, of_position = cu_seqlens.long(), sequences.of_positions(cu_seqlens, turn.shape[1])
+    bad = ~turn.isfinite()
+    spoilt = sequences.spoilt(bad, bounds.index_select(0, of_position), 1)
+    turn = turn if spoilt is None else turn.masked_fill(bad, 0)
+    angle = sums(turn.flatten(2)).view(turn.shape)
+    ends = F.pad(angle[0], (0, 0, 0, 0, 1, 0)).index_select(0, bounds)
     start = -ends[:-1] if a.before is None else a.before - ends[:-1]
-    angle = angle + start.index_select(0, sequences.of_positions(a.cu_seqlens, turn.shape[1]))
-    return angle, start + ends[1:]
+    angle, last = angle + start.index_select(0, of_position), start + ends[1:]
+    if spoilt is not None:
+        angle = angle.masked_fill(spoilt, torch.nan)
+        filled = (bounds.diff() > 0)[:, None, None]
+        at_end = angle[0].index_select(0, (bounds[1:] - 1).clamp(min=0))
+        last = torch.where(filled & at_end.isnan(), torch.nan, last)
+    return angle, last
 
 
 def kernel(a: AngleArguments) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,18 @@ class _Rows:
             m[:, to] = torch.maximum(m[:, to], earlier)
         return m
 
+    def scan_(self, decay: Tensor, added: Tensor) -> Tensor:
+        """`linear_scan_` of added (b, t, 2, c) by decay (b, t, c), which is 0 where a sequence begins; none takes NaN
+        or infinity from another."""
+        decay = decay[:, :, None]
+        if not self.packed:
+            return linear_scan_(decay, added)
+        bad = ~(added.isfinite() & decay.isfinite())
+        if (spoilt := sequences.spoilt(bad, self.start_of, 1)) is None:
+            return linear_scan_(decay, added)
+        decay = decay.masked_fill(bad.any(2, keepdim=True), 0)
+        return linear_scan_(decay, added.masked_fill_(bad, 0)).masked_fill_(spoilt, torch.nan)
+
 
 def _along(mask: Tensor, values: Tensor, axis: int = 1) -> Tensor:
     """A mask of positions (or of sequences, axis 0), broadcastable to values."""
@@ -105,8 +117,7 @@ def _positions(arguments: WkvArguments, rows: _Rows, state: Tensor) -> _Position
     keep, enter = torch.exp((m_before - m) - w), torch.exp(k - m)
     added = torch.stack([enter * v, enter], dim=2)  # (b, t, 2, c)
     added += keep[:, :, None] * rows.before(torch.zeros_like(added), state[:, :2])
-    decay = keep.masked_fill(rows.first[:, None], 0) if rows.packed else keep.clone()
-    sums = linear_scan_(decay[:, :, None], added)  # (b, t, 2, c)
+    sums = rows.scan_(keep.masked_fill(rows.first[:, None], 0) if rows.packed else keep.clone(), added)
     sums_before = rows.before(sums, state[:, :2])
     top = torch.maximum(m_before, u + k)
     past, present = torch.exp(m_before - top), torch.exp((k - top) + u)
