@@ -6,6 +6,7 @@ model's, in float32, whole mixers only. Parts:
     scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
              kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates:
              ours beside it by the mixer's parts, both held against float64).
+    kernels  which kernels of ours the same work goes to, on a GPU.
     layers   whole mixers, projections too, forward and backward, on a GPU under bfloat16 autocast.
     update   a decode step's state and output at batch 128, states in float32 and bfloat16: share of the time that
              reading and writing the state takes at the memory's speed. Beside them what is published, on an H100.
@@ -46,6 +47,7 @@ HEADS, HEAD_DIM, D_STATE = 64, 64, 128
 SCANS = ((8, 2048, 24, 1), (8, 2048, 24, 4), (4, 2048, HEADS, 1), (1, 65536, 24, 1))
 CHECKED = 512  # positions that are held against float64
 TUNED = ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (2, 2))  # warps and stages of mamba-ssm's kernels
+MOST_KERNELS = 24  # that are told of
 TOLERANCE = 5e-3  # relative RMS of outputs and gradients in bfloat16
 BACKENDS = {backend.name: backend for backend in OPS["trapezoidal_scan"].backends}
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -200,6 +202,28 @@ def around(
     return gated(GateArguments(y, x, z, D))
 
 
+def kernels() -> None:
+    """Microseconds of each kernel of one forward and backward pass of `around`, those that take most first."""
+    given = published_arguments(*SCANS[0][:3])
+    cotangent = torch.randn_like(around(*given))
+
+    def run() -> None:
+        torch.autograd.grad(around(*given), list(given), cotangent)
+
+    run()
+    torch.cuda.synchronize()
+    repeats = 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in found) / repeats
+    print(f"kernels of scan {SCANS[0]}, ours, with all that mamba-ssm's does: {total:.0f} us")
+    for event in found[:MOST_KERNELS]:
+        print(f"  {event.self_device_time_total / repeats:7.1f} us, {event.count // repeats:3d} of {event.key[:70]}")
+
+
 def _with_gradients(run: Callable[..., Tensor], given: Any) -> list[Tensor]:
     y = run(*given)
     weight = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
@@ -332,7 +356,7 @@ def attempted(label: str, run: Callable[[], str]) -> None:
 
 
 def main() -> None:
-    on_gpu: dict[str, Callable[[], None]] = {"scan": scans, "update": updates}
+    on_gpu: dict[str, Callable[[], None]] = {"scan": scans, "kernels": kernels, "update": updates}
     on_both = {"layers": layers, "steps": steps}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*on_gpu, *on_both], default=[*on_gpu, *on_both])
