@@ -61,3 +61,12 @@ def test_cosines_and_sines_keep_their_digits(device: str) -> None:
     wide = angle[:, :, 0].double()
     assert float((cos - wide.cos()).abs().max()) < 1.5e-7
     assert float((sin - wide.sin()).abs().max()) < 1.5e-7
+
+
+def test_what_begins_within_a_word_is_moved() -> None:
+    """Such as a bias that is a part of all weights in one tensor; a GPU refuses to read it."""
+    values = torch.arange(9.0)
+    (found,) = turning._aligned(values[1:])
+    assert found.data_ptr() % 16 == 0
+    assert torch.equal(found, values[1:])
+    assert turning._aligned(values)[0] is values

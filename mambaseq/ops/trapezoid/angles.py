@@ -171,7 +171,7 @@ def _backward(a: AngleArguments, dangle: Tensor, dlast: Tensor) -> tuple[Tensor 
         )  # fmt: skip
         if sizes.shared:
             dvalues = dvalues.squeeze(0) if parts == 1 else dvalues.sum(0)
-    return dvalues, ddt, None if a.before is None else dstart.view(dlast.shape).to(a.before.dtype)
+    return dvalues, ddt, None if a.before is None or dstart is None else dstart.view(dlast.shape).to(a.before.dtype)
 
 
 def _kernels() -> Any:

@@ -16,6 +16,7 @@ _ROWS, _PAIRS = 32, 32  # of a program
 _HEADS, _HEADS_BACKWARD = 8, 64  # of a group that a program takes at most, forward and backward
 _PROGRAMS = 1024  # wanted before one takes several heads
 _MOST_STATES = 256
+_ALIGNMENT = 16  # bytes
 
 
 class TurnArguments(NamedTuple):
@@ -101,8 +102,10 @@ def _sizes(a: TurnArguments, most: int) -> tuple[tuple[int, int, int], dict[str,
     return grid, known, (rows, a.heads, groups, per_group, heads)
 
 
-def _contiguous(a: TurnArguments) -> tuple[Tensor, ...]:
-    return tuple(value.contiguous() for value in (a.B, a.C, a.B_bias, a.C_bias, a.angle))
+def _aligned(*values: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, and begun where words of two numbers may be read, as parts of a larger tensor need not be."""
+    values = tuple(value.contiguous() for value in values)
+    return tuple(value.clone() if value.data_ptr() % _ALIGNMENT else value for value in values)
 
 
 def _fake(a: TurnArguments) -> tuple[Tensor, Tensor]:
@@ -117,7 +120,7 @@ def _forward(a: TurnArguments) -> tuple[Tensor, Tensor]:
     to = _fake(a)
     grid, known, counts = _sizes(a, _HEADS)
     with portable.on(a.B):
-        _kernels().turn[grid](*_contiguous(a), *to, *counts, **known)
+        _kernels().turn[grid](*_aligned(*a[:5]), *to, *counts, **known)
     return to
 
 
@@ -131,9 +134,7 @@ def _backward(a: TurnArguments, dB_to: Tensor, dC_to: Tensor) -> tuple[Tensor, .
     shares = torch.empty(2, blocks, a.heads, rank, d_state, dtype=torch.float32, device=device)
     dangle = torch.empty(rank, *a.angle.shape, dtype=torch.float32, device=device)
     with portable.on(a.B):
-        _kernels().turn_backward[grid](
-            *_contiguous(a), dB_to.contiguous(), dC_to.contiguous(), dB, dC, *shares, dangle, *counts, **known
-        )
+        _kernels().turn_backward[grid](*_aligned(*a[:5], dB_to, dC_to), dB, dC, *shares, dangle, *counts, **known)
     dB_bias, dC_bias = shares.sum(1).unbind(0)
     dB, dC = (M.squeeze(0) if parts == 1 else M.sum(0) for M in (dB, dC))
     dangle = dangle.squeeze(0) if rank == 1 else dangle.sum(0)
