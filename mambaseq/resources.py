@@ -88,7 +88,9 @@ def near_folder(path: Path, holds: Callable[[Path], bool]) -> str:
         beside = [one.name for one in path.parent.iterdir() if one.is_dir() and holds(one)]
     except (OSError, ValueError):
         beside = []
-    return did_you_mean(path.name, beside, least=0.7)
+    near = did_you_mean(path.name, beside, least=0.7)
+    meant = [one for one in beside if near == f" Did you mean {shown(one)}?"]
+    return f" Did you mean {shown(path.parent / meant[0], 200)}?" if meant else ""
 
 
 def _is_file(path: Path) -> bool:

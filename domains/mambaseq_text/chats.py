@@ -217,7 +217,8 @@ class ChatData(SequenceData):
             raise ConfigError(
                 "The tokenizer has no chat template, by which messages become text. Give one with a template beside "
                 "its tokenizer.json (chat_template.jinja, or chat_template in tokenizer_config.json), name a file as "
-                "data.tokenizer_options.template of text/hf, or give prompts and answers (data.form: pairs)."
+                "data.tokenizer_options.template of text/hf (mambaseq:configs/text/chat.jinja is one), or give "
+                "prompts and answers (data.form: pairs)."
                 f"{by_bytes}"
             )
         return template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -45,6 +46,7 @@ def run(argv: list[str], command: str) -> int:
     )
     arguments, overrides = parser.parse_known_args(argv)
     refuse_words(argv, overrides, "--config", parser.prog)
+    _refuse_several(argv)
     if asks_for_help(overrides):
         return print_keys(parser, arguments.config or str(RunFolder(arguments.resume).require().config), overrides)
     if (arguments.config is None) == (arguments.resume is None):
@@ -85,3 +87,14 @@ def run(argv: list[str], command: str) -> int:
         print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)
     # an outcome that all processes share; what started them kills the first at another's nonzero code, at its last page
     return outcome.code if rank() == 0 else 0
+
+
+def _refuse_several(argv: list[str]) -> None:
+    """Raise ConfigError for more than one configuration: the last alone would count."""
+    named = [after for word, after in itertools.pairwise(argv) if word == "--config"]
+    named += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    if len(named) > 1:
+        raise ConfigError(
+            f"--config is given {'twice' if len(named) == 2 else f'{len(named)} times'}, and a run has one. To lay one "
+            f"over another, name both in a YAML file of your own, what counts last: base: [{cut_list(named, 4)}]."
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,9 @@ class Conversation:
         """The next ids are given."""
         self.begun = self.begun.on(self.loaded.model, ids)
 
-    def answer(self) -> Iterator[str]:
-        """The text that the model adds, as it comes, in whole characters, up to a stop. Ctrl-C ends it; the sequence
-        then goes on from there."""
+    def answer(self, is_enough: Callable[[], bool] | None = None) -> Iterator[str]:
+        """The text that the model adds, as it comes, in whole characters, up to a stop. Ctrl-C ends it, or `is_enough`,
+        which is asked after each piece; the sequence then goes on from there."""
         begun = self.begun
         search, told, added = Search(self._stop, begun.ids), 0, []
         stops = list(self.settings.get("stop_ids", ()))
@@ -61,7 +64,7 @@ class Conversation:
                 if end > told:
                     yield search.text[told:end]
                     told = end
-                if search.at is not None or len(ends):
+                if search.at is not None or len(ends) or (is_enough is not None and is_enough()):
                     break
         except NotFinite as error:
             raise NotFinite(f"The model of {self.loaded.source} cannot go on from here. {error}") from error
@@ -105,23 +108,50 @@ def unmarked(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[str], None], begun: bool) -> None:
-    """Take turns: each line is given, then the model adds. An empty line lets it go on.
+    """Take turns: each line is given, then the model adds. An empty line lets it go on. Ctrl-C ends an answer, wherever
+    in it the program is, and all while a line is waited for.
 
     begun: whether there is a prompt that is answered first.
     """
 
-    def answer() -> None:
-        last = "\n"
-        for text in conversation.answer():
-            write(text)
-            last = text
-        if not last.endswith("\n"):
-            write("\n")
+    def turn(text: str) -> None:
+        with _ctrl_c_asks() as is_asked:
+            if text:
+                ids = np.asarray(conversation.tokenizer.encode(f"{text}\n"))
+                conversation.say(unmarked(conversation.tokenizer, ids))
+            last = "\n"
+            for piece in () if is_asked() else conversation.answer(is_asked):
+                write(piece)
+                last = piece
+            if is_asked() or not last.endswith("\n"):  # the terminal shows ^C
+                write("\n")
 
     if begun:
-        answer()
+        turn("")
     for line in lines:
-        text = line.removesuffix("\n")
-        if text:
-            conversation.say(unmarked(conversation.tokenizer, np.asarray(conversation.tokenizer.encode(f"{text}\n"))))
-        answer()
+        turn(line.removesuffix("\n"))
+
+
+@contextlib.contextmanager
+def _ctrl_c_asks() -> Iterator[Callable[[], bool]]:
+    """Have Ctrl-C only noted, since it would leave a state half changed; the second one is a KeyboardInterrupt. Where
+    others handle it, or Python is not in its main thread, it stays what it is."""
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if is_ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -61,11 +61,22 @@ def resolve_config(name: str) -> Path:
             f"{shown(name, 200)} is a run's folder. `mambaseq fit --resume {name[:200]}` goes on with the run; another "
             f"one begins with its configuration, --config {own[:200]}."
         )
-    near = not_installed(name.partition("/")[0]) or did_you_mean(name, [entry.name for entry in configs])
+    known = [*(entry.name for entry in configs), *_beside(name)]
+    near = not_installed(name.partition("/")[0]) or did_you_mean(name, known)
     raise ConfigError(
         f"No configuration is named {shown(name, 200)} and no file is there.{near} "
         f"`mambaseq list configs` shows what there is."
     )
+
+
+def _beside(name: str) -> list[str]:
+    """Runs' folders and YAML files where a path would be."""
+    try:
+        there = list(itertools.islice(Path(name).parent.iterdir(), 1000))
+        found = [one for one in there if one.suffix in (".yaml", ".yml") or (one / "config.yaml").is_file()]
+    except (OSError, ValueError):
+        return []
+    return [str(one) for one in found]
 
 
 def read_layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:

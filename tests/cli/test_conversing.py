@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import shlex
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli.test_generating import generated
+from mambaseq_text.tokenization import ByteTokenizer
 from runs.test_prediction import classifier, language_model
 from safetensors.torch import load_file, save_file
 
@@ -83,6 +86,51 @@ def test_turns_go_on_from_the_state(
         again = generate(loaded.model, torch.from_numpy(begun.ids[None, :start]), stop - start, temperature=0)
         assert again[0].tolist() == begun.ids[:stop].tolist()
     assert text.encode(errors="replace").count(b"\n") >= 3
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_session(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes: here while text is shown, of the first turn, and while a line is read, of the second."""
+    monkeypatch.setattr("mambaseq.runs.conversation._PATIENCE", 0.0)
+    monkeypatch.setattr("mambaseq.cli.generate._lines", lambda: iter(["one\n", "two\n", "three\n"]))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    shown_so_far: list[str] = []
+    encode, turns = ByteTokenizer.encode, []
+
+    def write(text: str) -> None:
+        shown_so_far.append(text)
+        if len(shown_so_far) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    def encoded(self: Any, text: str) -> Any:
+        turns.append(text)
+        if text == "two\n":
+            signal.raise_signal(signal.SIGINT)
+        return encode(self, text)
+
+    monkeypatch.setattr("mambaseq.cli.generate._write", write)
+    monkeypatch.setattr(ByteTokenizer, "encode", encoded)
+    try:
+        shown(capsys, language_model(tmp_path / "m"), "--interactive", "--temperature", "0")
+        assert turns[-3:] == ["one\n", "two\n", "three\n"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    answers = "".join(shown_so_far).encode(errors="replace")
+    assert len(answers) < 60  # of three answers of 30 tokens
+    assert len(shown_so_far) > 10
+
+
+def test_ctrl_c_while_a_line_is_waited_for_ends_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lines() -> Iterator[str]:
+        yield "one\n"
+        raise KeyboardInterrupt
+
+    given: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        generate_text(language_model(tmp_path / "m"), given.append, lines=lines(), max_new_tokens=9, device="cpu")
+    assert given
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])

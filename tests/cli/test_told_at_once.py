@@ -20,13 +20,13 @@ from mambaseq.specs import arguments_of
 
 WORDS = [
     # folders
-    ("generate --checkpoint runs/dna-dmo", "There is no model at runs/dna-dmo", "Did you mean 'dna-demo'?"),
+    ("generate --checkpoint runs/dna-dmo", "There is no model at runs/dna-dmo", "Did you mean 'runs/dna-demo'?"),
     ("predict --checkpoint nowhere x.txt --out o.csv", "There is no model at nowhere"),
     ("serve --checkpoint nowhere", "There is no model at nowhere"),
     ("serve --checkpoint published", "no model.json in published, but a config.json", "mambaseq import --checkpoint"),
     ("export --checkpoint nowhere --out o", "There is no model at nowhere"),
     ("test --checkpoint nowhere", "There is no run at nowhere"),
-    ("test --checkpoint runs/dna-dem", "There is no run at runs/dna-dem", "Did you mean 'dna-demo'?"),
+    ("test --checkpoint runs/dna-dem", "There is no run at runs/dna-dem", "Did you mean 'runs/dna-demo'?"),
     ("test --checkpoint nowhere --tasks hellaswag", "There is no model at nowhere"),
     ("validate --checkpoint nowhere", "There is no run at nowhere"),
     ("fit --resume nowhere", "There is no run at nowhere"),
@@ -41,6 +41,9 @@ WORDS = [
     ),
     ("validate --checkpoint runs/dna-demo/checkpoints/last.ckpt", "Did you mean 'runs/dna-demo'?"),
     ("fit --config runs/dna-demo", "is a run's folder", "`mambaseq fit --resume runs/dna-demo`"),
+    ("fit --config runs/dna-dem", "No configuration is named", "Did you mean 'runs/dna-demo'?"),
+    ("fit --config ./lenght.yaml", "No configuration is named", "Did you mean 'length.yaml'?"),
+    ("fit --config dna/demo --config length.yaml", "--config is given twice", "base: [dna/demo, length.yaml]"),
     ("data audit nowhere", "No configuration is named 'nowhere'"),
     ("data audit runs", "There is no run at runs"),
     (f"data audit {'n' * 300}", "No configuration is named"),  # longer than names of files can be
