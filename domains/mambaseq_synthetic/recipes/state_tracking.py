@@ -55,7 +55,7 @@ def run(context: Context) -> list[Table]:
     learned = context.at(full=(8, 16, 32, 64, 128, 256), small=(8, 16, 32, 64), tiny=(8,))
     lengths = [learned[-1] * 4**k for k in range(context.at(full=5, small=3, tiny=2))]
     tested = {length: context.at(full=256 if length <= 2**12 else 64, small=64, tiny=4) for length in lengths}
-    # of the first length, those between and the last; Mamba-3 that leaves one as soon as it is right falls back at 64
+    # of the first length, those between and the last
     first, steps, last = context.at(full=(2_000, 800, 2_000), small=(400, 400, 400), tiny=(2, 2, 2))
     batch_size = context.at(full=64, small=32, tiny=2)
     lr = context.at(full=1e-3, small=4e-3, tiny=4e-3)
