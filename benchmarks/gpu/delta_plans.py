@@ -1,8 +1,9 @@
-"""Which tiles suit the walks of the delta rule on this GPU: milliseconds of each kernel under each plan.
+"""Which tiles suit the kernels of the delta rule on this GPU: milliseconds of each kernel under each plan.
 
-`python benchmarks/gpu/delta_plans.py [--rules gated_delta kda] [--shapes 0 1] [--seconds 120]`: from the repository's
-root; shapes and inputs are those of `benchmarks/delta_gpu.py`. A plan is told only if the outputs and the gradients of
-the beginning are right.
+`python benchmarks/gpu/delta_plans.py [--of walks pairs gradients] [--rules gated_delta kda] [--shapes 0 1]
+[--seconds 120]`: from the repository's root; shapes and inputs are those of `benchmarks/delta_gpu.py`. First the
+kernels as planned, then with other tiles of those `--of` which others are wanted; pairs and gradients are those of a
+decay a channel. A plan is told only if the outputs and the gradients of the beginning are right.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import itertools
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,15 +26,16 @@ from mambaseq.ops.delta_rule import gpu
 from mambaseq.ops.dispatch import leaves, outputs_and_gradients, relative_rms_error
 
 ROWS, WARPS, STAGES = (128, 64, 32), (4, 8), (2, 3, 4)
+OTHERS: dict[str, list[dict[str, gpu.Shape]]] = {
+    "walks": [
+        {"walk": shape, "walk_back": shape}
+        for shape in (gpu.Shape(w, s, r) for r, w, s in itertools.product(ROWS, WARPS, STAGES))
+    ],
+    "pairs": [{"pairs": gpu.Shape(w, 1, 0, c)} for w, c in ((8, 64), (16, 128))],
+    "gradients": [{"of_channels": gpu.Shape(w, 1, r, 64)} for w, r in ((8, 64), (8, 128))],
+}
 KERNELS = ("pairs", "walk", "output", "walk_back", "gradients", "gradients_of_pairs")
 TRITON = BACKENDS["triton"]
-
-
-def candidates() -> Iterator[gpu.Shape | None]:
-    """Of both walks; None is the plan's own."""
-    yield None
-    for rows, warps, stages in itertools.product(ROWS, WARPS, STAGES):
-        yield gpu.Shape(warps, stages, rows)
 
 
 def errors(rule: str, batch: int, length: int) -> float:
@@ -67,16 +68,18 @@ def by_kernel(rule: str, batch: int, length: int, repeats: int = 5) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120, help="nothing is begun when they are over")
+    parser.add_argument("--of", nargs="*", choices=OTHERS, default=["walks"], help="which kernels' tiles are varied")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     parser.add_argument("--shapes", nargs="+", type=int, choices=range(len(SHAPES)), default=range(len(SHAPES)))
     options = parser.parse_args()
     own, begin = gpu.plan, time.monotonic()
-    for shape in candidates():
+    for shapes in ({}, *itertools.chain(*(OTHERS[kind] for kind in options.of))):
+        plan = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()) or "as planned"
         for rule, number in itertools.product(options.rules, options.shapes):
             if time.monotonic() - begin > options.seconds:
-                print(f"{shape} {rule} {SHAPES[number]}: not begun in time", flush=True)
+                print(f"{plan} {rule} {SHAPES[number]}: not begun in time", flush=True)
                 continue
-            gpu.plan = own if shape is None else lambda *of, shape=shape: own(*of)._replace(walk=shape, walk_back=shape)
+            gpu.plan = lambda *of, shapes=shapes: own(*of)._replace(**shapes)
             try:
                 error = errors(rule, *SHAPES[number])
                 told = "wrong" if not error < TOLERANCE else ""
@@ -85,7 +88,7 @@ def main() -> None:
                 raise  # nothing on this GPU can be believed in this process
             except Exception as failure:  # no room for the tiles
                 told = f"{type(failure).__name__}: {str(failure)[:150]}"
-            print(f"{shape or 'as planned'} {rule} {SHAPES[number]}: {told}", flush=True)
+            print(f"{plan} {rule} {SHAPES[number]}: {told}", flush=True)
 
 
 if __name__ == "__main__":

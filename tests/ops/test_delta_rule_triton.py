@@ -102,6 +102,16 @@ def test_kernels_in_full_precision() -> None:
     assert_near(made._replace(beta=None), torch.float32, PLACE)
 
 
+def test_kernels_with_a_decay_a_channel_in_full_precision() -> None:
+    """Slow decays behind fast ones: float32 has no digits for both in one sum."""
+    made = moved(first_head(drawn("full, channels", 1, 60, rate=0.1, channels=True, key_heads=1)), PLACE)
+    assert made.g is not None
+    made.g[:, :40] -= 100
+    double = made._replace(**{name: getattr(made, name).double() for name in ("q", "k", "v", "initial_state")})
+    for actual, expected in zip(TRITON.run(made), TORCH.run(double), strict=True):
+        assert relative_rms_error(actual, expected) < 1e-5
+
+
 def test_kernels_with_a_decay_a_channel() -> None:
     """Forgetting all and nothing; padding of a chunk, and a second one."""
     made = forgetful(drawn("channels", 1, 66, channels=True, key_heads=1))

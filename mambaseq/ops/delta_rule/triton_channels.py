@@ -38,20 +38,16 @@ def _between(i, r, level):
 
 
 @triton.jit
-def _meet(i, j, level):
-    """Whether i and an earlier j are in the two halves of one block."""
-    return (i >> level == (j >> level) + 1) & ((i >> level) % 2 == 1)
-
-
-@triton.jit
-def _summed(chosen, values):
-    """The sums of those rows of `values` that are chosen, to float32's digits: parts of 8 bits each are exact."""
+def _summed(chosen, values, EXACT: tl.constexpr):
+    """The sums of those rows of `values` that are chosen, in parts of 8 bits each: of 16 bits, EXACT of float32's."""
     ones = tl.where(chosen, 1.0, 0.0).to(tl.bfloat16)
     high = _rounded(values, tl.bfloat16)
     rest = values - high.to(tl.float32)
     low = _rounded(rest, tl.bfloat16)
     total = _dot(ones, high) + _dot(ones, low)
-    return total + _dot(ones, _rounded(rest - low.to(tl.float32), tl.bfloat16))
+    if EXACT:
+        total += _dot(ones, _rounded(rest - low.to(tl.float32), tl.bfloat16))
+    return total
 
 
 @triton.jit
@@ -137,9 +133,9 @@ def pairs_of_channels(
         at = i[:, None] * N + n[None, :]
         known = (i < SIZE)[:, None] & (n < N)[None, :]
         coarse, fine = _cut(_log_decays(g, row, g_row, n, here, N), EXACT)
-        tl.store(sums + at, _summed(earlier <= later, coarse), mask=known)
+        tl.store(sums + at, _summed(earlier <= later, coarse, EXACT), mask=known)
         if EXACT:
-            tl.store(sums + SIZE * N + at, _summed(earlier <= later, fine), mask=known)
+            tl.store(sums + SIZE * N + at, _summed(earlier <= later, fine, EXACT), mask=known)
         tl.debug_barrier()  # before other threads read them
         coarse, fine = _sums(sums, i, n, N, SIZE, EXACT)
         last = sums + (SIZE - 1) * N + n
@@ -282,7 +278,8 @@ def gradients_of_channels(
         of_read *= rate[:, None]
         since += of_read * ks.to(tl.float32)
     of_k *= _until(coarse, fine, sums, n, N, SIZE, EXACT)
-    of_decay = _summed(later <= earlier, since) + _summed(later > earlier, of_k * ks.to(tl.float32))
+    of_decay = _summed(later <= earlier, since, EXACT)
+    of_decay += _summed(later > earlier, of_k * ks.to(tl.float32), EXACT)
     of_decay += (_decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow)[None, :]
     of_k += of_read
     # by pairs; in the second of each two rows are the earlier positions
@@ -300,8 +297,9 @@ def gradients_of_channels(
         keys_back, scale_keys_back = _narrow(keys_back, ks)
     for level in range(0, _LEVELS):
         decay = _to_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
-        meeting = _meet(later, earlier, level)
-        meeting_back = _meet(earlier, later, level)
+        half = later >> level  # those of a block meet
+        meeting = (half - 1 == earlier >> level) & (half & 1 == 1)
+        meeting_back = (half + 1 == earlier >> level) & (half & 1 == 0)
         right = _as(ks.to(tl.float32) * decay, OPERAND)
         narrow = _as(qs.to(tl.float32) * decay, OPERAND)
         by_q = _dot(tl.where(meeting, pairs, none), right) * scale
@@ -312,7 +310,7 @@ def gradients_of_channels(
             by_k += by_read * rate[:, None]
             by_k += _dot(tl.where(meeting_back, keys_back, none), right) * scale_keys_back
         said = by_q * narrow.to(tl.float32) + by_k * right.to(tl.float32)
-        of_decay += _summed(_between(earlier, later, level), said)
+        of_decay += _summed(_between(earlier, later, level), said, EXACT)
         of_q += by_q * decay
         of_k += by_k * decay
     tl.store(dq + at, _as(of_q, dq.dtype.element_ty), mask=inside)
