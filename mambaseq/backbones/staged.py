@@ -208,11 +208,11 @@ class Staged:
         """The same, in memory of their own where they are the graphs'."""
         static = {} if self._graphs is None else {id(t) for stage in self._graphs.stages for t in stage.totals.values()}
         found = list(totals)
-        places = [place for place, total in enumerate(found) if total is not None and id(total) in static]
-        if places:
-            own = [torch.empty_like(found[place]) for place in places]  # type: ignore[arg-type]
-            torch._foreach_copy_(own, [found[place] for place in places])  # type: ignore[arg-type]
-            for place, total in zip(places, own, strict=True):
+        memory = {place: total for place, total in enumerate(found) if total is not None and id(total) in static}
+        if memory:
+            own = [torch.empty_like(total) for total in memory.values()]
+            torch._foreach_copy_(own, list(memory.values()))
+            for place, total in zip(memory, own, strict=True):
                 found[place] = total
         return found
 
@@ -277,6 +277,8 @@ class _Stage:
         self._learned: list[Tensor] = []
         self._with_gradient: list[int] = []  # of the outputs
         self._ys: list[Tensor] = []  # with the way back to the inputs
+        self._outputs: list[Tensor] = []
+        self._left: list[Tensor] = []  # of the pass without gradients
 
     def states(self, tensors: Sequence[Tensor]) -> list[Any]:
         remaining = iter(tensors)
