@@ -6,7 +6,7 @@ graphs: of the first pass, which keeps nothing; of the second, with its activati
 also adds the gradients of parameters to totals over all chunks. Messages, the last norm and everything outside of the
 backbone run as usual between them. All chunks of one shape use the same graphs, since the backward of a chunk ends
 before the next one begins; and all graphs share one memory, in which a first pass lies where activations of the second
-will be. A chunk in which no sequence has a history is given states of zeros, so that it is as the others.
+will be. A chunk in which no sequence has a history is given states that say so, so that it is as the others.
 """
 
 from __future__ import annotations
@@ -284,18 +284,15 @@ class _Stage:
         remaining = iter(tensors)
         return [like.map(lambda _: next(remaining)) for like in self._likes]
 
-    def flat(self, branch: Tensor | None, residual: Tensor, states: list[Any]) -> list[Tensor | None] | None:
-        """The inputs in one list, states of empty histories as None; None if they are of other kinds."""
-        given: list[Tensor | None] = [residual] if branch is None else [residual, branch]
+    def flat(self, branch: Tensor | None, residual: Tensor, states: list[Any]) -> list[Tensor] | None:
+        """The inputs in one list; None if they are of other kinds."""
+        given = [residual] if branch is None else [residual, branch]
         for like, state in zip(self._likes, states, strict=True):
-            names = like.tensors()
-            given += [None] * len(names) if state is None else list(state.tensors().values())
+            given += (like if state is None else state).tensors().values()
         if len(given) != len(self._kinds):
             return None
         for tensor, kind in zip(given, self._kinds, strict=True):
-            if tensor is not None and (
-                tensor.shape != kind.shape or tensor.dtype != kind.dtype or tensor.device != self._device
-            ):
+            if tensor.shape != kind.shape or tensor.dtype != kind.dtype or tensor.device != self._device:
                 return None
         return given
 
@@ -394,7 +391,7 @@ class _Stage:
 
         self._first, self._left = record(forward)
 
-    def first(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+    def first(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Replay the pass without gradients. Residual and branch lie where the next replay may overwrite them."""
         _fill(self._given, given)
         self._first.replay()
@@ -403,7 +400,7 @@ class _Stage:
             torch._foreach_copy_(kept, self._left[2:])
         return [*self._left[:2], *kept]
 
-    def second(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+    def second(self, given: Sequence[Tensor]) -> list[Tensor]:
         """Replay the pass with gradients. All outputs lie where the next replay may overwrite them."""
         _fill(self._statics, given)
         self._second.replay()
@@ -425,8 +422,8 @@ class _Stage:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, stage: _Stage, staged: Staged, *given: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.stage, ctx.staged, ctx.has = stage, staged, [tensor is not None for tensor in given]
+    def forward(ctx: Any, stage: _Stage, staged: Staged, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.stage, ctx.staged = stage, staged
         ctx.set_materialize_grads(False)
         outputs = stage.second(given)
         ctx.mark_non_differentiable(*stage.without_gradient(outputs))
@@ -435,8 +432,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        found = ctx.stage.backward(dys, ctx.staged)
-        return None, None, *(d if has else None for d, has in zip(found, ctx.has, strict=True))
+        return None, None, *ctx.stage.backward(dys, ctx.staged)
 
 
 def _tensors(states: Sequence[Any]) -> list[Tensor]:

@@ -141,6 +141,7 @@ def train(
         {"pattern": ["mamba", "mlp"]},
         {"mixer": "mamba2", "d_state": 4},
         {"mixer": "s4d"},
+        {"mixer": "rwkv4"},  # whose empty history is no zeros
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mamba",
 )
