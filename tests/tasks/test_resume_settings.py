@@ -125,7 +125,6 @@ CHANGED = {
 UNUSED = {"optimizer.momentum": 0.8}  # by the optimizer of the run
 REFUSED = {
     "optimizer.name": "muon",
-    "optimizer.options": '{"beta": 0.5}',
     "finetune.init_from": "first",
     "finetune.lr_of": '{"backbone": 0.5}',
     "lora.rank": 2,
@@ -264,6 +263,12 @@ def test_settings_that_a_run_cannot_change_are_refused_by_name(run: Path, capsys
     more = ["--trainer.max_steps=9", *options({key: REFUSED[key]})]
     assert main(["fit", "--resume", str(run), *more]) == 2
     assert f"{key} cannot change in a run that has begun" in capsys.readouterr().err
+
+
+def test_options_of_another_optimizer_are_refused_by_name(run: Path, capsys) -> None:
+    capsys.readouterr()
+    assert main(["fit", "--resume", str(run), "--trainer.max_steps=9", '--optimizer.options={"beta": 0.5}']) == 2
+    assert "optimizer.options are for other optimizers than adamw and muon" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", UNUSED)
