@@ -15,9 +15,9 @@ from mambaseq.ops.gpu import capture
 
 EAGER_CALLS = 4  # calls with a shape before its capture; doubled each time that another shape replaces it
 MOST_POSITIONS = 32_768  # of a batch: in longer ones, kernels take longer than their launches
-# of a chunk's input: a Mamba's layer takes an H200 as long as its host at 2^24.5 numbers (5 ms), where ranks wait for
-# each other's hosts, and less than half as long again at 2^25
-MOST_NUMBERS_OF_CHUNKS = 2**25
+# of a chunk's input: at 2^24.6, the share of one of two H200s of a chunk of a 130M Mamba, a step took as long by graphs
+# (2.25 s at 2^20 positions; 2.26 without), and a tenth more memory, for graphs keep theirs while others are run
+MOST_NUMBERS_OF_CHUNKS = 2**24
 _KNOWN = ("mambaseq", "torch")  # packages whose modules do nothing on the host that a replay would skip
 
 
