@@ -6,7 +6,9 @@ graphs: of the first pass, which keeps nothing; of the second, with its activati
 also adds the gradients of parameters to totals over all chunks. Messages, the last norm and everything outside of the
 backbone run as usual between them. All chunks of one shape use the same graphs, since the backward of a chunk ends
 before the next one begins; and all graphs share one memory, in which a first pass lies where activations of the second
-will be. A chunk in which no sequence has a history is given states that say so, so that it is as the others.
+will be. A chunk in which no sequence has a history is given states that say so, so that it is as the others. One that is
+run as usual, because it is not captured yet, is given and asked for the same, since kernels round differently without:
+when graphs are captured changes no bit of a run.
 """
 
 from __future__ import annotations
@@ -164,7 +166,16 @@ class Staged:
             if self._noted is not None:
                 noted = Seen(layers, run, Like.of(residual), None if branch is None else Like.of(branch))
                 self._noted.append(noted)
-            return run(branch, residual, states, wanted)
+            given = [
+                layer.mixer.init_state(len(residual), device=residual.device) if state is None else state
+                for layer, state in zip(layers, states, strict=True)
+            ]
+            branch, residual, new = run(branch, residual, given, True)
+            if torch.is_grad_enabled():
+                branch, residual, *tensors = _Heard.apply(branch, residual, *_tensors(new))
+                remaining = iter(tensors)
+                new = [state.map(lambda _: next(remaining)) for state in new]
+            return branch, residual, new if wanted else [None] * len(layers)
 
         if not self._holds or self._graphs is None or number >= len(self._graphs.stages):
             return as_usual
@@ -433,6 +444,21 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         return None, None, *ctx.stage.backward(dys, ctx.staged)
+
+
+class _Heard(torch.autograd.Function):
+    """What a stage leaves, each with a gradient, zeros where nothing comes back, as graphs are given it."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(tensor.view_as(tensor) for tensor in tensors)
+        ctx.mark_non_differentiable(*(y for y in outputs if not (y.is_floating_point() or y.is_complex())))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, ...]:
+        return dys
 
 
 def _tensors(states: Sequence[Any]) -> list[Tensor]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from mambaseq.backbones import automatic, graphed, staged
 from mambaseq.backbones.graphed import EAGER_CALLS, CudaGraph
+from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.domain import catalog
 from mambaseq.models import SequenceModel, causal_lm
+from mambaseq.ops.dispatch import relative_rms_error
 
 CHUNK, VOCABULARY = 4, 7
 
@@ -176,9 +178,8 @@ def test_automatic_graphs_come_after_as_many_chunks(stand_ins: None) -> None:
     assert automatic.EAGER_CALLS == 4
     assert graphs_of(graphs).replays == 2 * 3 * 2  # captured before the third step
     policy = automatic.Automatic()
-    assert policy.is_of_use_in_chunks(torch.Size([1, 32_768, 768]))
-    assert policy.is_of_use_in_chunks(torch.Size([2, 65_536, 256]))
-    assert not policy.is_of_use_in_chunks(torch.Size([1, 65_536, 768]))
+    assert policy.is_of_use_in_chunks(torch.Size([2, 32_768, 256]))
+    assert not policy.is_of_use_in_chunks(torch.Size([1, 32_768, 768]))
 
 
 def test_moved_parameters_are_captured_again(stand_ins: None) -> None:
@@ -330,10 +331,13 @@ MIXERS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-def test_on_a_gpu(cuda: torch.device, mixer: str, half: bool) -> None:
-    """Every bit, asked for or not."""
+def test_on_a_gpu(cuda: torch.device, mixer: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bit, captured early, later or never, but for rounding where no graph would be."""
     expected: list[list[Tensor]] = []
-    for how in (False, True, "auto"):
+    find = ChunkGraphs.find
+    for how in ("auto, never", True, "auto", False):
+        monkeypatch.setattr(ChunkGraphs, "find", (lambda *_: None) if how == "auto, never" else find)
+        how = "auto" if how == "auto, never" else how
         torch.manual_seed(0)
         model = causal_lm(64, 64, 3, mixer, chunk_length=128, cuda_graph=how).to(cuda).train()  # type: ignore[arg-type]
         found = []
@@ -348,11 +352,17 @@ def test_on_a_gpu(cuda: torch.device, mixer: str, half: bool) -> None:
         if not expected:
             expected = found
             continue
-        assert graphs_of(model).why_not is None
-        assert graphs_of(model).replays == 2 * 6 * 2
+        if how:
+            assert graphs_of(model).why_not is None
+            assert graphs_of(model).replays == 2 * 6 * 2
         for step, (one, other) in enumerate(zip(found, expected, strict=True)):
             for number, (actual, wanted) in enumerate(zip(one, other, strict=True)):
-                assert torch.equal(actual, wanted), (how, step, number)
+                same = torch.equal(actual, wanted)
+                assert same or (not how and relative_rms_error(actual, wanted) < (2e-2 if half else 1e-5)), (
+                    how,
+                    step,
+                    number,
+                )
 
 
 @pytest.mark.gpu
