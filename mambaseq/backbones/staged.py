@@ -6,9 +6,9 @@ graphs: of the first pass, which keeps nothing; of the second, with its activati
 also adds the gradients of parameters to totals over all chunks. Messages, the last norm and everything outside of the
 backbone run as usual between them. All chunks of one shape use the same graphs, since the backward of a chunk ends
 before the next one begins; and all graphs share one memory, in which a first pass lies where activations of the second
-will be. A chunk in which no sequence has a history is given states that say so, so that it is as the others. One that is
-run as usual, because it is not captured yet, is given and asked for the same, since kernels round differently without:
-when graphs are captured changes no bit of a run.
+will be. A chunk in which no sequence has a history is given states that say so, so that it is as the others. One that
+is run as usual, because it is not captured yet, is given and asked for the same, since kernels round differently
+without: when graphs are captured changes no bit of a run.
 """
 
 from __future__ import annotations

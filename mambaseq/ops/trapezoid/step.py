@@ -15,7 +15,7 @@ from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import portable
 
 # numbers of the state that a program holds, and warps that hold them, of one input a head and of several
-_ONE, _SEVERAL = (2048, 4), (8192, 8)
+_ONE, _SEVERAL = (2048, 4), (8192, 4)
 _LITTLE = 1 << 15  # numbers of the state that one thread updates alone
 
 
