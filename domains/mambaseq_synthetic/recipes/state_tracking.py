@@ -48,7 +48,6 @@ _PAPER: dict[tuple[str, Task], str] = {
 # what must be: those of negative or complex eigenvalues keep the parity at the length that they have learned
 _SOLVE, _FAIL = ("mamba3", "gated_delta, negative", "kda, negative"), ("mamba2", "gated_delta")
 _TOKENS = 2**18  # that are read at once: several trainings share a GPU's memory
-_BEYOND = 16  # times the longest length that is learned: what ends a training early
 
 
 def run(context: Context) -> list[Table]:
@@ -57,6 +56,9 @@ def run(context: Context) -> list[Table]:
     tested = {length: context.at(full=256 if length <= 2**12 else 64, small=64, tiny=4) for length in lengths}
     # of the first length, those between and the last
     first, steps, last = context.at(full=(2_000, 800, 2_000), small=(400, 400, 400), tiny=(2, 2, 2))
+    # a length is learned once so many validation sequences, so many times as long, are right; of the last length, too
+    checked = context.at(full=64, small=256, tiny=4)
+    beyond, last_beyond = context.at(full=(2, 16), small=(4, 4), tiny=(2, 2))
     batch_size = context.at(full=64, small=32, tiny=2)
     lr = context.at(full=1e-3, small=4e-3, tiny=4e-3)
     layers, d_model = context.at(full=(2, 128), small=(1, 64), tiny=(1, 8))
@@ -68,7 +70,7 @@ def run(context: Context) -> list[Table]:
         model = causal_lm(max(machine(task, SIZES[task]).shape), d_model, layers, mixer, **options).to(context.device)
         taken = 0
         for phase, length in enumerate(learned):
-            far = (_BEYOND if length == learned[-1] else 2) * length
+            far = (last_beyond if length == learned[-1] else beyond) * length
             most = last if length == learned[-1] else steps if phase else first
             taken += train(
                 model,
@@ -76,8 +78,8 @@ def run(context: Context) -> list[Table]:
                 most,
                 OptimizerConfig(lr=lr, weight_decay=0.0, beta2=0.999, warmup_steps=min(100, most // 2)),
                 checkpoint=checkpoint.with_suffix(f".{length}.pt"),
-                finished=lambda far=far: accuracy(model, these, VALIDATION, far, 64) == 1,  # type: ignore[misc]
-                check_every=context.at(full=100, small=50, tiny=1),
+                finished=lambda far=far: accuracy(model, these, VALIDATION, far, checked) == 1,  # type: ignore[misc]
+                check_every=context.at(full=100, small=100, tiny=1),
                 label=f"{name}, {task} at {length}",
             ).steps
         found = {_key(length): accuracy(model, these, TEST, length, n) for length, n in tested.items()}
@@ -93,11 +95,11 @@ def run(context: Context) -> list[Table]:
         f"({_counts(tested)}), scaled so that 0 is the share of the most frequent one and 100 all. Layers: {layers}, "
         f"of d_model {d_model}; batches of {batch_size}, trained at the lengths {', '.join(map(str, learned))} one "
         f"after the other, every position's state a target; AdamW, learning rate {lr:g} with warm-up and cosine at "
-        f"each, until validation sequences twice as long are right or {first:,} steps are done, {steps:,} from the "
-        f"second on; at the last, until those {_BEYOND} times as long are right or {last:,} steps are done. Step "
-        f"sizes of Mamba-2 and -3 begin between {_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer sequences are read "
-        "in pieces, the state handed on. The paper's figures, in percent, are each the best of 16 settings, trained at "
-        "up to 160 tokens and tested at 256, with multiplication before addition."
+        f"each, until {checked} validation sequences {beyond} times as long are right or {first:,} steps are done, "
+        f"{steps:,} from the second on; at the last, until those {last_beyond} times as long are right or {last:,} "
+        f"steps are done. Step sizes of Mamba-2 and -3 begin between {_MAMBA['dt_min']} and {_MAMBA['dt_max']}. Longer "
+        "sequences are read in pieces, the state handed on. The paper's figures, in percent, are each the best of 16 "
+        "settings, trained at up to 160 tokens and tested at 256, with multiplication before addition."
     )
     tables = []
     names = context.wanted(MODELS, TASKS)
