@@ -1,7 +1,7 @@
-"""The mixers of today: Mamba-2 and -3, delta rules; scans, training and decode steps.
+"""The mixers of today: Mamba-2 and -3, delta rules, gated linear attention; scans, training, decode steps.
 
-`python benchmarks/mixers.py [--only PART ...] [--device cpu]`. On a GPU of a 1.5B model's width, on a CPU of a 130M
-model's, in float32, whole mixers only. Parts:
+`python benchmarks/mixers.py [--only PART ...] [--mixers MIXER ...] [--device cpu]`. On a GPU of a 1.5B model's width,
+on a CPU of a 130M model's, in float32, whole mixers only, of which any that is installed can be asked for. Parts:
 
     scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
              kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates:
@@ -56,7 +56,15 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba3, rank 4": ("mamba3", {"rank": 4}),
     "gated_delta": ("gated_delta", {}),
     "kda": ("kda", {}),
+    "gla": ("gla", {}),
 }
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{entry.name: (entry.name, {}) for entry in catalog()["mixers"]},
+    "mamba, lti": ("mamba", {"lti": True}),
+    "mamba, complex": ("mamba", {"complex": True}),
+    **MIXERS,
+}
+"""Of which whole mixers and their steps can be measured."""
 # Milliseconds of kernels, states in bfloat16 (arXiv:2603.15569)
 PUBLISHED = {"mamba2": 0.203, "gated_delta": 0.257, "mamba3": 0.156, "mamba3, rank 4": 0.179}
 
@@ -232,13 +240,13 @@ def _with_gradients(run: Callable[..., Tensor], given: Any) -> list[Tensor]:
 
 def mixer_of(name: str, device: str) -> Any:
     torch.manual_seed(0)
-    kind, options = MIXERS[name]
+    kind, options = LAYERS[name]
     with torch.device(device):
         return catalog()["mixers"].get(kind)(SIZES[device].d_model, **options)
 
 
-def layers(device: str) -> None:
-    for name in MIXERS:
+def layers(names: list[str], device: str) -> None:
+    for name in names:
         attempted(
             f"layers {SIZES[device].batch} x {SIZES[device].length}, {name}", functools.partial(_layer, name, device)
         )
@@ -262,13 +270,15 @@ def _layer(name: str, device: str) -> str:
     return f"{told(times)}, {1e3 * of.batch * of.length / sum(times):,.0f} tokens/s{memory}"
 
 
-def updates() -> None:
-    for name, rank in (("mamba3", 1), ("mamba3, rank 4", 4)):
+def updates(names: list[str]) -> None:
+    for name in (name for name in MIXERS if name in names):
+        kind, options = MIXERS[name]
         for dtype in (torch.float32, torch.bfloat16):
-            attempted(_label(name, dtype), functools.partial(_update, rank, dtype))
-    for name in ("mamba2", "gated_delta", "kda"):
-        for dtype in (torch.float32, torch.bfloat16):
-            attempted(_label(name, dtype), functools.partial(_other_update, name, dtype))
+            if kind == "mamba3":
+                run = functools.partial(_update, options.get("rank", 1), dtype)
+            else:
+                run = functools.partial(_other_update, name, dtype)
+            attempted(_label(name, dtype), run)
 
 
 def _label(name: str, dtype: torch.dtype) -> str:
@@ -287,8 +297,8 @@ def _other_update(name: str, dtype: torch.dtype) -> str:
     batch, heads, rows, columns = shape
     a, b = (F.normalize(normal(batch, 1 if name == "mamba2" else heads, columns), dim=-1).bfloat16() for _ in range(2))
     x, rate = normal(batch, heads, rows).bfloat16(), normal(batch, heads).sigmoid()
-    decay = -normal(batch, heads, *((columns,) if name == "kda" else ())).abs()
-    given: tuple[Any, ...] = (a, b, x, decay, rate)
+    decay = -normal(batch, heads, *((columns,) if name in ("kda", "gla") else ())).abs()
+    given: tuple[Any, ...] = (a, b, x, decay) if name == "gla" else (a, b, x, decay, rate)
     update: Callable[..., Tensor] = delta_rule_update_
     if name == "mamba2":
         given, update = (x, rate, decay[0], a, b), ssd_update_
@@ -325,8 +335,8 @@ def _update(rank: int, dtype: torch.dtype) -> str:
     return _told_update(lambda: step.trapezoidal_update_(state, *given), state, (y, expected), (kept, exact))
 
 
-def steps(device: str) -> None:
-    for name in MIXERS:
+def steps(names: list[str], device: str) -> None:
+    for name in names:
         for dtype in (torch.float32, torch.bfloat16):
             label = f"steps of {SIZES[device].decoded}, {name}, {str(dtype)[6:]} states"
             attempted(label, functools.partial(_step, name, dtype, device))
@@ -336,6 +346,8 @@ def _step(name: str, dtype: torch.dtype, device: str) -> str:
     mixer, of = mixer_of(name, device).eval(), SIZES[device]
     mixer = mixer.bfloat16() if device == "cuda" else mixer
     state = mixer.init_state(of.decoded)
+    if dtype == torch.bfloat16 and not state.accumulated:
+        return "has none"
     for one in state.accumulated if dtype == torch.bfloat16 else ():
         setattr(state, one, getattr(state, one).to(dtype))
     x = torch.randn(of.decoded, 1, of.d_model, device=device, dtype=next(mixer.parameters()).dtype)
@@ -356,17 +368,29 @@ def attempted(label: str, run: Callable[[], str]) -> None:
 
 
 def main() -> None:
-    on_gpu: dict[str, Callable[[], None]] = {"scan": scans, "kernels": kernels, "update": updates}
+    on_gpu: dict[str, Callable[[], None]] = {
+        "scan": scans,
+        "kernels": kernels,
+        "update": lambda: updates(given.mixers),
+    }
     on_both = {"layers": layers, "steps": steps}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[*on_gpu, *on_both], default=[*on_gpu, *on_both])
+    parser.add_argument(
+        "--mixers",
+        nargs="+",
+        choices=list(LAYERS),
+        default=list(MIXERS),
+        metavar="MIXER",
+        help=f"{', '.join(LAYERS)}; the default is {', '.join(MIXERS)}",
+    )
     parser.add_argument("--device", choices=list(SIZES), default="cuda")
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if given.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; ms forward / backward")
     for part in given.only:
         if part in on_both:
-            on_both[part](given.device)
+            on_both[part](given.mixers, given.device)
         elif given.device == "cuda":
             on_gpu[part]()
 
