@@ -52,7 +52,8 @@ def run(argv: list[str], command: str) -> int:
         nargs="+",
         default=[],
         metavar="LINE",
-        help="only these lines of the table, or columns if the recipe has a choice of them; 'finished' trains nothing",
+        help="only these lines of the table, or columns if the recipe has a choice of them; in some 'finished', which "
+        "trains nothing",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument(

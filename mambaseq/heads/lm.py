@@ -12,6 +12,7 @@ from mambaseq.heads.base import Head, Kind, check_targets
 from mambaseq.heads.losses import label_loss
 from mambaseq.ops import linear_cross_entropy
 from mambaseq.ops.decoding.gpu import can_choose, likeliest
+from mambaseq.ops.eager import is_eager
 from mambaseq.ops.linear import apply_linear, is_plain
 
 
@@ -55,7 +56,7 @@ class LMHead(Head):
         vocab_size)` fp32 or None. Without `return_logits`, large losses are computed in chunks, so that the logits of a
         whole batch never exist (except with an adapter or hooks on the linear map, which must see them). Raises
         ConfigError for labels that are not one int64 for each position, and on a CPU for more of them in a sequence
-        than `most_labels`; a GPU, which nobody waits for, gives a loss that is NaN."""
+        than `most_labels`; a GPU, which nobody waits for, and what is compiled give a loss that is NaN."""
         if labels is not None:
             check_targets(self, labels, tuple(hidden.shape[:2]))
             if not return_logits and self.most_labels is not None and self.most_labels < labels.shape[1]:
@@ -74,16 +75,15 @@ class LMHead(Head):
     def _labelled(self, hidden: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """The same `(batch, most, ...)`: positions with labels, then others."""
         has = labels != -100
-        too_many = has.sum(1).max() > most
-        if not (labels.is_cuda or torch.compiler.is_compiling()) and too_many:
+        too_many = (has.sum(1) > most).any()
+        if labels.is_cpu and is_eager(labels) and too_many:
             raise ConfigError(
                 f"A sequence has {int(has.sum(1).max())} labels, but model.head.most_labels is {most}. Set it to the "
                 "most that a sequence of the data has, or leave it out."
             )
         at = has.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-        labels = labels.gather(1, at)
-        labels = labels.masked_fill(too_many & (labels != -100), self.linear.weight.shape[0])  # one that is none: NaN
-        return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])), labels
+        hidden = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden.masked_fill(too_many, torch.nan), labels.gather(1, at)
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """See `Head.likeliest`. On a GPU the logits are read as the map makes them."""

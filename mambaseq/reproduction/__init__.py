@@ -6,8 +6,8 @@ JSON and Markdown.
 
 from __future__ import annotations
 
-from mambaseq.reproduction.context import Context, Recipe
+from mambaseq.reproduction.context import FINISHED, Context, Recipe
 from mambaseq.reproduction.tables import Bound, Column, Line, Table
 from mambaseq.reproduction.training import Trained, train
 
-__all__ = ["Bound", "Column", "Context", "Line", "Recipe", "Table", "Trained", "train"]
+__all__ = ["FINISHED", "Bound", "Column", "Context", "Line", "Recipe", "Table", "Trained", "train"]

@@ -23,7 +23,7 @@ from mambaseq.reproduction.tables import Table
 Scale = Literal["full", "small", "tiny"]
 SCALES: tuple[Scale, ...] = ("full", "small", "tiny")
 FINISHED = "finished"
-"""In place of names: what earlier runs have finished, and nothing is trained."""
+"""In place of names, in recipes that know it: what earlier runs have finished, and nothing is trained."""
 
 _T = TypeVar("_T")
 
@@ -34,7 +34,7 @@ class Context:
 
     scale: "full" gives the reported results, on a GPU; "small" takes minutes on a CPU; "tiny" takes seconds and learns
         nothing.
-    only: names of lines, or of other choices of a recipe, or `FINISHED`; empty for all.
+    only: names of lines, or of other choices of a recipe, or `FINISHED` where it knows that; empty for all.
     hardware: what trials run on. records: of the requested trials, by name.
     data: the folder with files that users bring (see `brought`).
     minutes: of training of each contender, in recipes that train by the clock; None for the recipe's own.
@@ -88,12 +88,13 @@ class Context:
     def wanted(self, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
         """The requested lines of a recipe; all if none was named.
 
-        others: further names that may be requested, in a separate call, such as columns.
+        others: further names that may be requested, in a separate call, such as columns; `FINISHED` of a recipe whose
+            trials are all `over_seeds` and whose tables may lack any of their values.
         Raises UserError for a name in neither.
         """
         own = list(names)
         known = [*own, *others]
-        for name in set(self.only) - {FINISHED}:
+        for name in self.only:
             if name not in known:
                 raise UserError(
                     f"--only names {shown(name)}, which this recipe has not.{did_you_mean(name, known)} "

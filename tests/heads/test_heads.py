@@ -96,6 +96,24 @@ def test_more_labels_than_were_promised_are_refused_and_never_left_out() -> None
     assert torch.isfinite(head(hidden, labels)[0])  # where logits are asked for, all positions are computed
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_where_nobody_counts_the_labels_too_many_give_nan(adapted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a label that is none would end the process."""
+    monkeypatch.setattr("mambaseq.heads.lm.is_eager", lambda *_: False)
+    head, hidden = LMHead(6, 11, most_labels=2), torch.randn(2, 5, 6)
+    if adapted:
+        head.linear.register_forward_hook(lambda *_: None)
+    labels = torch.tensor([[1, -100, -100, -100, 2], [1, 2, 3, -100, -100]])
+    assert head(hidden, labels, return_logits=False)[0].isnan()
+    assert torch.isfinite(head(hidden, labels.index_fill(1, torch.tensor([2]), -100), return_logits=False)[0])
+
+
+def test_few_labels_of_an_empty_batch() -> None:
+    head = LMHead(6, 11, most_labels=2)
+    loss, _ = head(torch.zeros(0, 5, 6), torch.zeros(0, 5, dtype=torch.int64), return_logits=False)
+    assert loss == 0
+
+
 @pytest.mark.parametrize(
     ("head", "targets"),
     [

@@ -151,6 +151,16 @@ def test_kernels(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_kernels_are_near(made._replace(reverse=True), torch.float16, PLACE)
 
 
+def test_kernels_lose_no_nan() -> None:
+    """A decay that is not a number is none that forgets all."""
+    made = moved(halved(drawn("nan", 1, 5), torch.bfloat16), PLACE)
+    made.A[:, 2] = torch.nan
+    y, final = TRITON.run(made)
+    assert y[:, :2].isfinite().all()
+    assert y[:, 2:].isnan().all()
+    assert final.isnan().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SIZED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

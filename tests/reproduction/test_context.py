@@ -12,7 +12,7 @@ import torch
 
 from mambaseq.errors import UserError
 from mambaseq.models import causal_lm
-from mambaseq.reproduction import Context, train, training
+from mambaseq.reproduction import FINISHED, Context, train, training
 from mambaseq.reproduction.batches import of_text
 from mambaseq.tasks.optimizer import OptimizerConfig
 
@@ -80,9 +80,11 @@ def test_what_is_finished_is_collected_and_nothing_is_trained(tmp_path: Path) ->
         raise AssertionError(f"seed {seed} was trained")
 
     context(tmp_path).trial("x seed=1", lambda checkpoint: {"a": 3.0})
-    later = context(tmp_path, only=["finished"])
-    assert later.wanted(["mamba", "s4d"]) == ["mamba", "s4d"]
-    assert context(tmp_path, only=["finished", "s4d"]).wanted(["mamba", "s4d"]) == ["s4d"]
+    later = context(tmp_path, only=[FINISHED])
+    assert later.wanted(["mamba", "s4d"], [FINISHED]) == ["mamba", "s4d"]
+    assert context(tmp_path, only=[FINISHED, "s4d"]).wanted(["mamba", "s4d"], [FINISHED]) == ["s4d"]
+    with pytest.raises(UserError, match="--only names 'finished', which this recipe has not"):
+        later.wanted(["mamba", "s4d"])  # of trials that would be run, or tables that need all values
     found = later.over_seeds("x", never)
     assert found == {"a": [3.0]}
     assert later.note(found) == "1 of 2 seeds"

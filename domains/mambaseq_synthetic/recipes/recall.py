@@ -10,7 +10,7 @@ import torch
 
 from mambaseq.heads.lm import LMHead
 from mambaseq.models import SequenceModel, causal_lm
-from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
+from mambaseq.reproduction import FINISHED, Bound, Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import drawn
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_synthetic.drawing import TEST, VALIDATION
@@ -68,7 +68,7 @@ def run(context: Context) -> list[Table]:
         }
 
     lines = []
-    for name in context.wanted(MODELS):
+    for name in context.wanted(MODELS, [FINISHED]):
         values: dict[str, list[float]] = {}
         for width in widths:
             values |= context.over_seeds(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.models import SequenceModel, causal_lm
-from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table, train
+from mambaseq.reproduction import FINISHED, Bound, Column, Context, Line, Recipe, Table, train
 from mambaseq.reproduction.batches import drawn
 from mambaseq.tasks.optimizer import OptimizerConfig
 from mambaseq_synthetic.drawing import TEST, VALIDATION
@@ -102,8 +102,8 @@ def run(context: Context) -> list[Table]:
         "settings, trained at up to 160 tokens and tested at 256, with multiplication before addition."
     )
     tables = []
-    names = context.wanted(MODELS, TASKS)
-    tasks: list[Any] = context.wanted(TASKS, MODELS)
+    names = context.wanted(MODELS, [*TASKS, FINISHED])
+    tasks: list[Any] = context.wanted(TASKS, [*MODELS, FINISHED])
     for task in tasks:
         lines = []
         for name in names:

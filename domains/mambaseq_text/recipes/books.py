@@ -14,7 +14,7 @@ import numpy as np
 
 from mambaseq.atomic import atomic_file
 from mambaseq.reporting.charts import DARK, LIGHT, STYLE, WIDTH, Curve, frame, lines, text
-from mambaseq.reproduction import Bound, Column, Context, Line, Recipe, Table
+from mambaseq.reproduction import FINISHED, Bound, Column, Context, Line, Recipe, Table
 from mambaseq_text.recipes import shelf
 from mambaseq_text.recipes.books_training import CONTENDERS, ENTRIES, PIECES, RATES, TODAY, TRIED, VARIANTS, Shelf
 from mambaseq_text.recipes.shakespeare import PRECISION
@@ -22,7 +22,7 @@ from mambaseq_text.recipes.shelf import Texts, floors
 from mambaseq_text.tokenization import HFTokenizer, TextTokenizer
 
 LEADING = 2  # of the contenders, that are trained in word pieces
-FLOORS, SPEED, FINISHED = "floors", "speed", "finished"
+FLOORS, SPEED = "floors", "speed"
 USUAL, NAMES = tuple(CONTENDERS), (*CONTENDERS, *TODAY)
 PUBLISHED = {"Mamba-3, rank 4": 52.39, "KDA": 52.28, "gated delta": 52.07, "Mamba-2": 51.82}
 """Average accuracy of downstream tasks, in percent, of models of 1.3 B parameters."""

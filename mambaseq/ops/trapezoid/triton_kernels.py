@@ -56,7 +56,8 @@ def steps(
     later = _given(dt, dt_batch, dt_row, dt_head, batch, position + 1, h, followed) * (1 - share)
     to = (c.to(tl.int64) * heads + h)[None, :] * SIZE + q[:, None]
     known = valid & (q < SIZE)[:, None]
-    rate = tl.maximum(step * rate, LEAST) * 1.4426950408889634
+    rate *= step
+    rate = tl.where(rate < LEAST, LEAST, rate) * 1.4426950408889634  # NaN stays
     tl.store(decay + to, tl.cumsum(rate, axis=0), mask=known)
     tl.store(weight + to, at_once + later, mask=known)
     tl.store(own + to, at_once, mask=known)
