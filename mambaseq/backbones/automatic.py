@@ -39,9 +39,9 @@ class Automatic:
         return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
     def is_of_use_in_chunks(self, shape: torch.Size) -> bool:
-        """The same of chunks `(batch, length, d_model)`, whose gradients come at the end of all anyway, with several
-        processes, too."""
-        return shape.numel() <= MOST_NUMBERS_OF_CHUNKS and not capture.capturing.locked()
+        """Whether replays of chunks `(batch, length, d_model)` would be faster: with several processes, too, for their
+        gradients come at the end of all anyway."""
+        return shape.numel() <= MOST_NUMBERS_OF_CHUNKS
 
 
 def is_safe(module: nn.Module) -> bool:

@@ -253,8 +253,8 @@ class _InChunks(torch.autograd.Function):
                 chunk = job.chunks[index]
                 x_chunk = x[:, chunk.begin : chunk.end].detach()
                 replays = job.staged is not None and job.staged.replays(x_chunk)
-                # with a relay, so that every layer hands its gradient on; replayed layers have no other one
-                x_chunk.requires_grad_(wants_x or job.relays is not None or replays)
+                # with a relay, so that every layer hands its gradient on; with graphs, which always give one
+                x_chunk.requires_grad_(wants_x or job.relays is not None or job.staged is not None)
                 entering = job.entering(chunk, given, carried[index])
                 states = None if entering is None else [t.detach().requires_grad_(_differentiable(t)) for t in entering]
                 with (

@@ -39,6 +39,7 @@ from mambaseq.backbones.graphed import (
     warmed_up,
 )
 from mambaseq.backbones.relay import RunLayers
+from mambaseq.ops.gpu import capture
 from mambaseq.ops.gpu.capture import Recorder
 from mambaseq.parallel.context import Like
 
@@ -77,10 +78,10 @@ class ChunkGraphs(Graphs["_Chunk"]):
     def begin(
         self, module: nn.Module, x: Tensor, lengths: Sequence[int], autocast: Any, casting: Casting, width: int | None
     ) -> Staged | None:
-        """For a call with x `(batch, length, d_model)` in chunks of these lengths; None if it cannot be replayed, nor
-        chunks like these later. autocast: whatever tells one from another; casting: enters it. width: how many layers'
-        states are in a message, None where nothing is sent."""
-        if not self._may_capture or not is_training_step(module, x):
+        """For a call with x `(batch, length, d_model)` in chunks of these lengths; None if it is none of a training's,
+        or chunks like these are never replayed. autocast: whatever tells one from another; casting: enters it. width:
+        how many layers' states are in a message, None where nothing is sent."""
+        if not is_training_step(module, x):
             return None
         shape = torch.Size([x.shape[0], max(set(lengths), key=lengths.count), x.shape[2]])
         if self._policy is not None and not self._policy.is_of_use_in_chunks(shape):
@@ -93,6 +94,9 @@ class ChunkGraphs(Graphs["_Chunk"]):
             self.seen.clear()  # layers that may have been replaced
         # as a chunk's input always has a gradient, whether the whole's has one or not
         key = Key(shape, x.dtype, True, None, (*switches, autocast, width))
+        # after a capture that failed, too: a run that goes on has it still before it
+        if not self._may_capture or (self._policy is not None and capture.capturing.locked()):
+            return Staged(self, key, None)
         if (seen := self.seen.get(key)) is None:
             self._calls.pop(key, None)  # not before it was seen
         made = self.find(
@@ -188,7 +192,7 @@ class Staged:
         ) -> tuple[Tensor, Tensor, list[Any]]:
             given = stage.flat(branch, residual, states)
             if given is None:
-                return run(branch, residual, states, wanted)
+                return as_usual(branch, residual, states, wanted)
             self._owner.replays += 1
             if torch.is_grad_enabled():
                 found = _Replay.apply(stage, self, *given)

@@ -19,8 +19,10 @@ from mambaseq.backbones import automatic, graphed, staged
 from mambaseq.backbones.graphed import EAGER_CALLS, CudaGraph
 from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.domain import catalog
+from mambaseq.mixers.mamba import Mamba
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.gpu import capture
 
 CHUNK, VOCABULARY = 4, 7
 
@@ -318,6 +320,36 @@ def test_what_cannot_be_captured_is_said_and_run(stand_ins: None, monkeypatch: p
     for model in (asked, unasked):
         assert graphs_of(model).why_not == "a layer waits for the GPU"
         assert graphs_of(model).replays == 0
+
+
+@pytest.mark.parametrize("how", ["replayed", "fails", "busy"])
+def test_layers_are_run_alike_whatever_becomes_of_the_graphs(
+    stand_ins: None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With states and gradients of their inputs: kernels round differently without, and a run that goes on would end
+    differently if it depended on what was captured when."""
+
+    def fails(self: Any, run: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    if how == "fails":
+        monkeypatch.setattr(Recorder, "__call__", fails)
+    seen: set[tuple[bool, ...]] = set()
+    forward = Mamba.forward
+
+    def spy(self: Any, x: Tensor, state: Any = None, cu_seqlens: Any = None, return_state: bool = False) -> Any:
+        seen.add((state is not None, return_state, x.requires_grad or not torch.is_grad_enabled()))
+        return forward(self, x, state, cu_seqlens, return_state)
+
+    monkeypatch.setattr(Mamba, "forward", spy)
+    model = make("auto", 1)
+    for frozen in (model.encoder, model.backbone.layers[0].norm):  # type: ignore[index]
+        frozen.requires_grad_(False)
+    with capture.capturing if how == "busy" else contextlib.nullcontext():
+        for step in range(4):
+            model(*data(step, 3 * CHUNK)).loss.backward()
+    assert bool(graphs_of(model).replays) is (how == "replayed")
+    assert seen == {(True, True, True)}
 
 
 # whose states are bounded
