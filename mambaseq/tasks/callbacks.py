@@ -26,6 +26,7 @@ from torch import nn
 from mambaseq.cards import card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.errors import UserError
+from mambaseq.tasks.agreement import Agreement, leave_signals_to_us
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.record import KEY, DataRecord
 
@@ -63,8 +64,9 @@ class RunCheckpoints(Checkpoint):
         a run killed in between validates again and knows the score.
     best: after a validation that scored better than the checkpoint on disk. That score is read from the file itself, so
         that no resumed run can replace it by worse weights. A score on other data does not count, nor does NaN.
-    stop: Ctrl-C or SIGTERM finish the current step with its validation, save, and raise `Interrupted`; a second one
-        raises `StoppedAtOnce`. Stopping within a step would leave weights and moments of two different steps.
+    stop: Ctrl-C or SIGTERM finish the current step with its validation (on several GPUs the one after it as well, see
+        `Agreement`), save, and raise `Interrupted`; a second one raises `StoppedAtOnce`. Stopping within a step would
+        leave weights and moments of two different steps.
 
     monitor: the logged metric that decides `best` ("" keeps none); mode: "min" or "max" of it.
     data: the record of the data, written into every checkpoint. guard: see `FiniteGuard`.
@@ -96,6 +98,7 @@ class RunCheckpoints(Checkpoint):
         self._beside = False  # whether `last` is written beside training, so may be of an earlier step
         self.began = self.ended = self._flush = False
         self._due = self._stopping = self._asked = False
+        self._agree = Agreement()
         self._previous: dict[int, Any] = {}
 
     @property
@@ -180,6 +183,8 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began, self._tokens = True, self.often.throughput.tokens
+        self._agree = Agreement()
+        leave_signals_to_us(trainer)
         self._beside = getattr(trainer.strategy, "asynchronous", False)
         self._saved_step = trainer.global_step if self.last.is_file() else None
         if threading.current_thread() is threading.main_thread():
@@ -240,7 +245,7 @@ class RunCheckpoints(Checkpoint):
         return score < self.score if self.mode == "min" else score > self.score
 
     def _save_last(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        asked = self._agree(trainer, self._asked)
         if trainer.fit_loop.epoch_loop._should_accumulate() or not (self._due or asked):
             return
         self.guard.check(trainer, pl_module)

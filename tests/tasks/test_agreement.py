@@ -1,0 +1,66 @@
+"""Processes that end a run together do not wait for their GPUs to agree on it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from mambaseq.tasks import agreement
+from mambaseq.tasks.agreement import Agreement, leave_signals_to_us
+
+
+def trainer(processes: int, device: str, reduced: list[bool]) -> Any:
+    def reduce(yes: bool, all: bool) -> bool:
+        assert not all
+        reduced.append(yes)
+        return True
+
+    strategy = SimpleNamespace(root_device=torch.device(device), reduce_boolean_decision=reduce)
+    return SimpleNamespace(world_size=processes, strategy=strategy)
+
+
+def test_one_process_and_those_on_cpus_know_at_once() -> None:
+    reduced: list[bool] = []
+    agree = Agreement()
+    assert [agree(trainer(1, "cuda", reduced), yes) for yes in (False, True, False)] == [False, True, False]
+    assert not reduced
+    assert agree(trainer(2, "cpu", reduced), False)
+    assert reduced == [False]
+
+
+def test_on_gpus_the_answer_is_that_to_the_batch_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    asked: list[bool] = []
+
+    def answer(yes: bool, device: torch.device) -> tuple[torch.Tensor, Any]:
+        asked.append(yes)
+        number = len(asked)
+        return torch.tensor(number == 3), SimpleNamespace(synchronize=lambda: waited.append(number))
+
+    monkeypatch.setattr(agreement, "_asked", answer)
+    agree, both = Agreement(), trainer(2, "cuda", [])
+    found = [agree(both, number == 3) for number in range(1, 6)]
+    assert found == [False, False, False, True, False]
+    assert asked == [False, False, True, False, False]
+    assert waited == [1, 2, 3, 4]  # never for the batch that was just begun
+
+
+def test_lightning_s_processes_ask_nothing_before_a_batch() -> None:
+    """With its own way, every process waits for its GPU before each batch."""
+    asks = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    loop = asks.fit_loop.epoch_loop
+    if not hasattr(loop, "_broadcast_sigterm_tensor"):
+        pytest.skip("this Lightning has no such question")
+    leave_signals_to_us(asks)
+    assert loop._broadcast_sigterm_tensor is agreement._nothing
+
+
+@pytest.mark.gpu
+def test_an_answer_from_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    agree, both = Agreement(), trainer(2, "cuda:0", [])
+    assert [agree(both, yes) for yes in (False, True, False, False)] == [False, False, True, False]
