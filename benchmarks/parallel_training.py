@@ -73,9 +73,8 @@ def trained(measure: Measure, name: str, how: str, size: dict[str, int], batch: 
     measure.keep(row)
 
 
-# gradients of captured steps come all at once: nothing overlaps their sums, which take less time in large messages
-_AT_ONCE = {"class_path": "DDPStrategy", "init_args": {"gradient_as_bucket_view": True, "bucket_cap_mb": 100}}
-WAYS: dict[str, tuple[Any, int]] = {"ddp": (_AT_ONCE, 1), "fsdp2": ("fsdp2", 1), "ddp x context parallel": ("ddp", 2)}
+_IN_PLACE = {"class_path": "DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}  # sums are not copied back
+WAYS: dict[str, tuple[Any, int]] = {"ddp": (_IN_PLACE, 1), "fsdp2": ("fsdp2", 1), "ddp x context parallel": ("ddp", 2)}
 """Of `mambaseq fit`: the strategy, and how many GPUs share a sequence."""
 
 

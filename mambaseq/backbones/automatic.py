@@ -30,18 +30,21 @@ class Automatic:
     def is_of_use(self, x: Tensor) -> bool:
         """Whether replays of this call would be faster, and a capture is possible now. x `(batch, length, d_model)`.
 
-        Not with several processes: they reduce gradients while others are still computed, but a replay gives all
-            gradients at its end.
+        Not with several processes: they reduce gradients while others are still computed, but a replay gives those of
+            many layers at its end.
         """
-        if x.shape[0] * x.shape[1] > MOST_POSITIONS or capture.capturing.locked():
-            return False
-        distributed = torch.distributed
-        return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+        return x.shape[0] * x.shape[1] <= MOST_POSITIONS and not capture.capturing.locked() and not has_others()
 
     def is_of_use_in_chunks(self, shape: torch.Size) -> bool:
         """Whether replays of chunks `(batch, length, d_model)` would be faster: with several processes, too, for their
         gradients come at the end of all anyway."""
         return shape.numel() <= MOST_NUMBERS_OF_CHUNKS
+
+
+def has_others() -> bool:
+    """Whether this process is one of several, which sum their gradients."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def is_safe(module: nn.Module) -> bool:

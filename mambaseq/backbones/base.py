@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mambaseq import parallel
 from mambaseq.backbones import relay, staged
-from mambaseq.backbones.graphed import CudaGraph, StepGraphs
+from mambaseq.backbones.graphed import CudaGraph, Part, StepGraphs
 from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer
@@ -201,7 +201,7 @@ class Backbone(nn.Module, abc.ABC):
         elif self.chunk_length is None or x.shape[1] <= self.chunk_length:
             may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
             if may_replay and state is None and cu_seqlens is None:
-                replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x)
+                replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x, self._parts)
                 if replayed is not None:
                     return replayed
             y, states = self._run(x, state, cu_seqlens, return_state)
@@ -317,6 +317,10 @@ class Backbone(nn.Module, abc.ABC):
     ) -> tuple[Tensor, list[Any]]:
         """y and the states; if states are not returned, they may be anything."""
         raise NotImplementedError
+
+    def _parts(self) -> list[Part]:
+        """What `_run` of a whole sequence without states consists of; empty if it cannot be cut."""
+        return []
 
     def _through(
         self,

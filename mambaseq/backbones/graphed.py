@@ -3,6 +3,9 @@ models are shorter than their launches.
 
 A pair's activations are in its own memory, those of one forward pass at a time: another forward pass before its
 backward runs without the graph. Everything that leaves a pair (output, gradients) is copied out of that memory.
+
+Where several processes sum their gradients, a step is several pairs, of neighbouring layers, in one memory: the
+gradients of one are then on their way while the backward pass of the one before it is replayed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from mambaseq.backbones.automatic import Automatic, is_safe, leaving_room
+from mambaseq.backbones.automatic import Automatic, has_others, is_safe, leaving_room
 from mambaseq.ops.eager import is_eager
 from mambaseq.ops.gpu import capture
 from mambaseq.ops.gpu.capture import Recorder
@@ -31,7 +34,7 @@ Run = Callable[[Tensor], Tensor]
 CudaGraph = bool | Literal["auto"]
 """True: capture training steps; False: never; "auto": if that is safe and faster (see `automatic`)."""
 
-MOST_GRAPHS = 4  # pairs of a module: each holds the activations of a step
+MOST_GRAPHS = 4  # steps of a module, each of which holds its activations
 EAGER_CALLS = 2  # calls with a key before its capture: by then kernels are compiled, and rare shapes never get there
 WARM_UPS = 2
 MOST_KEYS = 64  # that are counted
@@ -144,16 +147,30 @@ class Graphs(Generic[_Made]):
             yield Recorder(self._stream)
 
 
-class StepGraphs(Graphs["_Pair"]):
+class Part(NamedTuple):
+    """Some of what a module does: from tensors to those that the next part is given.
+
+    modules: whose parameters it reads; the last part, those of no part as well.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    modules: Sequence[nn.Module]
+
+
+class StepGraphs(Graphs["_Step"]):
     """The graphs of a module's training steps; see `Graphs`.
 
     There are no second derivatives, and there is one backward pass for each forward pass, unless graphs are automatic:
-    what a replay cannot give is then computed without it. Under DistributedDataParallel all gradients come at once, so
-    their reduction does not overlap the module's backward pass.
+    what a replay cannot give is then computed without it. Of each part, all gradients come at once.
     """
 
-    def __call__(self, module: nn.Module, run: Run, x: Tensor) -> Tensor | None:
-        """`run(x)` with its gradients, or None if it must be run without a graph. x `(batch, length, d_model)`."""
+    def __call__(
+        self, module: nn.Module, run: Run, x: Tensor, parts: Callable[[], Sequence[Part]] = tuple
+    ) -> Tensor | None:
+        """`run(x)` with its gradients, or None if it must be run without a graph. x `(batch, length, d_model)`.
+
+        parts: what `run` consists of, for several processes; none if it cannot be cut.
+        """
         if not self._may_capture or not is_training_step(module, x):
             return None
         if self._policy is not None and not self._policy.is_of_use(x):
@@ -163,14 +180,17 @@ class StepGraphs(Graphs["_Pair"]):
             return None
         addresses, switches, learned = found
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = Key(x.shape, x.dtype, x.requires_grad, autocast, switches)
-        pair = self.find(
-            module, x.device, key, addresses, lambda record: _Pair(module, run, x, learned, autocast, record)
-        )
-        if pair is None or pair.is_busy():
+        cut = has_others()
+        key = Key(x.shape, x.dtype, x.requires_grad, autocast, (*switches, cut))
+
+        def make(record: Recorder) -> _Step:
+            return _Step(module, run, parts() if cut else (), x, learned, autocast, record)
+
+        step = self.find(module, x.device, key, addresses, make)
+        if step is None or step.is_busy():
             return None
         self.replays += 1
-        return _Replay.apply(pair, None if self._policy is None else run, x, *learned)
+        return step(None if self._policy is None else run, x, learned)
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -244,8 +264,9 @@ class _Turn:
         self.over = False
 
 
-class _Pair:
-    """The graphs of a forward pass and of its backward.
+class _Step:
+    """The graphs of a training step: a pair for each part. They are captured, and replayed, in the order of one step:
+    forward from the first to the last, backward from the last to the first. So they use one memory as one pair would.
 
     Raises RuntimeError if they cannot be captured.
     """
@@ -254,38 +275,141 @@ class _Pair:
         self,
         module: nn.Module,
         run: Run,
+        parts: Sequence[Part],
         x: Tensor,
         learned: list[nn.Parameter],
         autocast: torch.dtype | None,
         record: Recorder,
     ) -> None:
-        self.autocast = autocast
-        self._turn: weakref.ref[_Turn] | None = None
-        self._x = x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)
+        self._learned_of = _learned_of(parts, learned)
+        if not self._learned_of:
+            parts, self._learned_of = [Part(lambda x: [run(x)], [module])], [list(range(len(learned)))]
         # separate leaves: autograd would accumulate into the model's own on the stream that first used them
         leaves = {p: p.detach().requires_grad_() for p in learned}
         places = places_of(module, leaves)
-        inputs = [*([self._x] if x.requires_grad else []), *leaves.values()]
 
-        def forward() -> Tensor:
+        @contextlib.contextmanager
+        def surrounded() -> Iterator[None]:
             with _casting(autocast), torch.enable_grad(), in_place_of(places):
-                return run(self._x)
+                yield
 
-        def steps() -> Tensor:
+        self.pairs = [
+            _Pair(part, [leaves[learned[place]] for place in of], surrounded, autocast)
+            for part, of in zip(parts, self._learned_of, strict=True)
+        ]
+        self.pairs[0].is_first = self.pairs[-1].is_last = True
+        given = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)]
+
+        def steps() -> None:
             for _ in range(WARM_UPS):
-                y = forward()
-                check_leaves([y], inputs)
-                gradients([y], inputs, [torch.zeros_like(y)])
-            return y.detach()
+                passed = given
+                for pair in self.pairs:
+                    passed = pair.warm_up(passed)
 
-        dy = torch.zeros_like(warmed_up(module, x.device, record, steps))  # the memory for the output's gradient
-        self._forward, y = record(forward)
-        self._backward, found = record(lambda: gradients([y], inputs, [dy]))
-        self._y, self._dy = y.detach(), dy
-        ready = [None if d is None else d.detach() for d in found]
-        self._dx = ready.pop(0) if x.requires_grad else None
-        self._gradients = [d for d in ready if d is not None]
-        self._has_gradient = [d is not None for d in ready]
+        warmed_up(module, x.device, record, steps)
+        passed = given
+        for pair in self.pairs:
+            passed = pair.record_forward(passed, record)
+        dys: list[Tensor | None] = [None]
+        for pair in reversed(self.pairs):
+            dys = pair.record_backward(dys, record)
+
+    def is_busy(self) -> bool:
+        """Whether activations of a forward pass are still waiting for its backward."""
+        return any(pair.is_busy() for pair in self.pairs)
+
+    def __call__(self, again: Run | None, x: Tensor, learned: Sequence[nn.Parameter]) -> Tensor:
+        passed: Sequence[Tensor] = [x]
+        for pair, of in zip(self.pairs, self._learned_of, strict=True):
+            passed = _Replay.apply(pair, again, *passed, *(learned[place] for place in of))
+        (y,) = passed
+        return y
+
+
+def _learned_of(parts: Sequence[Part], learned: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Where the parameters of each part are in `learned`. Empty if several parts read one, whose gradient would be
+    rounded in another order."""
+    owners: dict[nn.Parameter, int] = {}
+    for number, part in enumerate(parts):
+        for parameter in {p for module in part.modules for p in module.parameters()}:
+            if parameter in owners:
+                return []
+            owners[parameter] = number
+    of: list[list[int]] = [[] for _ in parts]
+    for place, parameter in enumerate(learned if parts else ()):
+        of[owners.get(parameter, -1)].append(place)
+    return of
+
+
+class _Pair:
+    """The graphs of a part's forward pass and of its backward. What they are given and give lies in their memory; where
+    a part is followed by another, both read it there, and it is copied where a step begins and ends."""
+
+    is_first = is_last = False
+
+    def __init__(
+        self,
+        part: Part,
+        leaves: list[Tensor],
+        surrounded: Callable[[], contextlib.AbstractContextManager[None]],
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.autocast = autocast
+        self._part, self._leaves, self._surrounded = part, leaves, surrounded
+        self._turn: weakref.ref[_Turn] | None = None
+
+    def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        with self._surrounded():
+            return list(self._part.run(*inputs))
+
+    def _wanted(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [*(tensor for tensor in inputs if tensor.requires_grad), *self._leaves]
+
+    def warm_up(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run what is captured. The inputs of the next part."""
+        ys, wanted = self._call(inputs), self._wanted(inputs)
+        check_leaves(ys, wanted)
+        if with_gradient := [y for y in ys if y.requires_grad]:
+            gradients(with_gradient, wanted, [torch.zeros_like(y) for y in with_gradient])
+        return _cut_off(ys)
+
+    def record_forward(self, inputs: Sequence[Tensor], record: Recorder) -> list[Tensor]:
+        """Capture the forward pass. The inputs of the next part."""
+        self._inputs = inputs
+
+        def forward() -> list[Tensor]:
+            self._ys = self._call(inputs)
+            return self._ys
+
+        self._forward, ys = record(forward)
+        self._outputs = [y.detach() for y in ys]
+        # the outputs with gradients, of which a part with frozen parameters may have none
+        self._places = [place for place, y in enumerate(ys) if y.requires_grad]
+        return _cut_off(ys)
+
+    def record_backward(self, dys: Sequence[Tensor | None], record: Recorder) -> list[Tensor | None]:
+        """Capture the gradients of what `record_forward` has captured. dys: where those of its outputs lie, None if
+        nowhere yet. Returns those of its inputs."""
+        self._dys = [_or_zeros(dys[place], self._outputs[place]) for place in self._places]
+        wanted = self._wanted(self._inputs)
+
+        def backward() -> list[Tensor | None]:
+            ys, self._ys = [self._ys[place] for place in self._places], []  # activations are free after this
+            return [None if d is None else d.detach() for d in gradients(ys, wanted, self._dys)]
+
+        found: list[Tensor | None] = [None] * len(wanted)
+        if self._places:
+            self._backward, found = record(backward)
+        ready = iter(found)
+        self._dxs = [next(ready) if tensor.requires_grad else None for tensor in self._inputs]
+        of_leaves = list(ready)
+        self._gradients = [d for d in of_leaves if d is not None]
+        self._has_gradient = [d is not None for d in of_leaves]
+        return self._dxs
+
+    @property
+    def n_inputs(self) -> int:
+        return len(self._inputs)
 
     def is_busy(self) -> bool:
         """Whether the activations of a forward pass are still waiting for its backward."""
@@ -296,50 +420,78 @@ class _Pair:
         """Whether the activations of this forward pass are still in memory."""
         return not turn.over and self._turn is not None and self._turn() is turn
 
-    def forward(self, x: Tensor) -> tuple[Tensor, _Turn]:
+    def without_gradient(self, ys: Sequence[Tensor]) -> list[Tensor]:
+        return [y for place, y in enumerate(ys) if place not in self._places]
+
+    def forward(self, given: Sequence[Tensor]) -> tuple[list[Tensor], _Turn]:
         turn = _Turn()
         self._turn = weakref.ref(turn)
-        self._x.detach().copy_(x)
+        for memory, tensor in zip(self._inputs, given, strict=True):
+            _fill(memory.detach(), tensor)
         self._forward.replay()
-        return self._y.clone(), turn
+        return [y.clone() if self.is_last else y.detach() for y in self._outputs], turn
 
-    def backward(self, dy: Tensor, turn: _Turn) -> tuple[Tensor | None, list[Tensor | None]]:
+    def backward(self, dys: Sequence[Tensor | None], turn: _Turn) -> tuple[list[Tensor | None], list[Tensor | None]]:
         turn.over = True
-        self._dy.copy_(dy)
+        for memory, place in zip(self._dys, self._places, strict=True):
+            _fill(memory, dys[place])
         self._backward.replay()
         # copies, with few launches (a product with 1 is exact): otherwise the next replay would overwrite `.grad`
         copies = iter(torch._foreach_mul(self._gradients, 1.0) if self._gradients else ())
-        dx = None if self._dx is None else self._dx.clone()
-        return dx, [next(copies) if has else None for has in self._has_gradient]
+        dxs = [None if dx is None else dx.clone() if self.is_first else dx.detach() for dx in self._dxs]
+        return dxs, [next(copies) if has else None for has in self._has_gradient]
+
+
+def _cut_off(ys: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory, as leaves."""
+    return [y.detach().requires_grad_(y.requires_grad) for y in ys]
+
+
+def _or_zeros(dy: Tensor | None, y: Tensor) -> Tensor:
+    return torch.zeros_like(y) if dy is None else dy
+
+
+def _fill(memory: Tensor, given: Tensor | None) -> None:
+    """Copy what is not there already. None is zeros."""
+    if given is None:
+        memory.zero_()
+    elif given.data_ptr() != memory.data_ptr():
+        memory.copy_(given)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pair: _Pair, again: Run | None, x: Tensor, *parameters: Tensor) -> Tensor:
-        """again: recomputes the activations if they are gone or second derivatives are wanted."""
+    def forward(ctx: Any, pair: _Pair, again: Run | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """tensors: inputs, then parameters. again: of a step with one part; recomputes the activations if they are gone
+        or second derivatives are wanted."""
         ctx.set_materialize_grads(False)
+        given, parameters = tensors[: pair.n_inputs], tensors[pair.n_inputs :]
         # the backward pass reads the parameters; autograd checks that they are unchanged
-        ctx.save_for_backward(x if again is not None else None, *parameters)
+        ctx.save_for_backward(given[0] if again is not None else None, *parameters)
         ctx.pair, ctx.again = pair, again
-        y, ctx.turn = pair.forward(x)
-        return y
+        ys, ctx.turn = pair.forward(given)
+        ctx.mark_non_differentiable(*pair.without_gradient(ys))
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        if dy is None:
-            return (None, None, None, *(None for _ in parameters))
+        if all(dy is None for dy in dys):
+            return (None,) * (2 + ctx.pair.n_inputs + len(parameters))
+        dxs: Sequence[Tensor | None]
         if ctx.pair.holds(ctx.turn) and not torch.is_grad_enabled():
-            dx, found = ctx.pair.backward(dy, ctx.turn)
+            dxs, found = ctx.pair.backward(dys, ctx.turn)
         elif ctx.again is not None:
+            (dy,) = (dy for dy in dys if dy is not None)
             dx, *found = _as_usual(ctx.again, x, parameters, ctx.pair.autocast, dy)
+            dxs = [dx]
         else:
             raise RuntimeError(
                 "A training step replayed from CUDA graphs has one backward pass and no second derivatives; its "
                 "activations are gone. For several (retain_graph=True, create_graph=True), make the backbone with "
                 'cuda_graph="auto" or False.'
             )
-        return (None, None, dx, *found)
+        return (None, None, *dxs, *found)
 
 
 def _as_usual(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ContextStates, ResidualLayer, positions_of_layers, step_layers_
-from mambaseq.backbones.graphed import CudaGraph
+from mambaseq.backbones.graphed import CudaGraph, Part
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
+
+MOST_PARTS = 4  # of a captured training step, where several processes sum their gradients
 
 
 class ResidualStack(Backbone):
@@ -85,6 +88,23 @@ class ResidualStack(Backbone):
         branch, residual, states = self._through(self.layers, x.float(), state, cu_seqlens, return_state)
         y, _ = self.norm_f(branch, residual)
         return y, states
+
+    def _parts(self) -> list[Part]:
+        """Half of the layers are the last part, half of the others the one before: the sum of a part's gradients is
+        hidden by the backward pass of fewer layers, and few gradients are left for the end."""
+        remaining: list[Any] = list(self.layers)
+        parts: list[Part] = []
+        while remaining:
+            first = 0 if len(parts) == MOST_PARTS - 1 else len(remaining) // 2
+            layers, remaining = remaining[first:], remaining[:first]
+            modules = layers if parts else [*layers, self.norm_f]
+            parts.append(Part(functools.partial(self._part, layers, not parts), modules))
+        return parts[::-1]
+
+    def _part(self, layers: list[Any], is_last: bool, residual: Tensor, branch: Tensor | None = None) -> list[Tensor]:
+        states = [None] * len(layers)
+        branch, residual, _ = self._stage(layers, None, None, branch, residual.float(), states, False)
+        return [self.norm_f(branch, residual)[0]] if is_last else [residual, branch]
 
     def init_state(
         self,

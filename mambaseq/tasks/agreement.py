@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lightning
 import torch
-from torch import Tensor
 
 
 class Agreement:
@@ -15,7 +14,8 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._before: tuple[Tensor, torch.cuda.Event] | None = None
+        self._before: _Answer | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, trainer: lightning.Trainer, yes: bool) -> bool:
         if trainer.world_size == 1:
@@ -23,23 +23,28 @@ class Agreement:
         device = trainer.strategy.root_device
         if device.type != "cuda":
             return trainer.strategy.reduce_boolean_decision(yes, all=False)
-        before, self._before = self._before, _asked(yes, device)
-        if before is None:
-            return False
-        answer, there = before
-        there.synchronize()
-        return bool(answer)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        before, self._before = self._before, _Answer(yes, device, self._stream)
+        return before is not None and before.wait()
 
 
-def _asked(yes: bool, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
-    """The answer, on the host, and when it is there."""
-    said = torch.full((), int(yes), dtype=torch.int32, device=device)  # waits for nothing, as a copy from the host does
-    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
-    answer = torch.empty((), dtype=torch.int32, pin_memory=True)
-    answer.copy_(said, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(device))
-    return answer, there
+class _Answer:
+    """Of the processes that ask now. The GPU's next batch does not wait for it: it comes by a stream of its own."""
+
+    def __init__(self, yes: bool, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._said = torch.full((), int(yes), dtype=torch.int32, device=device)  # does not wait, unlike a copy
+        work = torch.distributed.all_reduce(self._said, op=torch.distributed.ReduceOp.MAX, async_op=True)
+        self._answer = torch.empty((), dtype=torch.int32, pin_memory=True)
+        self._there = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            work.wait()
+            self._answer.copy_(self._said, non_blocking=True)
+            self._there.record()
+
+    def wait(self) -> bool:
+        self._there.synchronize()
+        return bool(self._answer)
 
 
 def leave_signals_to_us(trainer: lightning.Trainer) -> None:

@@ -36,12 +36,17 @@ def test_on_gpus_the_answer_is_that_to_the_batch_before(monkeypatch: pytest.Monk
     waited: list[int] = []
     asked: list[bool] = []
 
-    def answer(yes: bool, device: torch.device) -> tuple[torch.Tensor, Any]:
-        asked.append(yes)
-        number = len(asked)
-        return torch.tensor(number == 3), SimpleNamespace(synchronize=lambda: waited.append(number))
+    class Answer:
+        def __init__(self, yes: bool, *_: Any) -> None:
+            asked.append(yes)
+            self.yes, self.number = yes, len(asked)
 
-    monkeypatch.setattr(agreement, "_asked", answer)
+        def wait(self) -> bool:
+            waited.append(self.number)
+            return self.yes
+
+    monkeypatch.setattr(agreement, "_Answer", Answer)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     agree, both = Agreement(), trainer(2, "cuda", [])
     found = [agree(both, number == 3) for number in range(1, 6)]
     assert found == [False, False, False, True, False]
@@ -61,6 +66,7 @@ def test_lightning_s_processes_ask_nothing_before_a_batch() -> None:
 
 @pytest.mark.gpu
 def test_an_answer_from_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op: None)
+    work = SimpleNamespace(wait=lambda: torch.cuda.current_stream().wait_stream(torch.cuda.default_stream()))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op, async_op: work)
     agree, both = Agreement(), trainer(2, "cuda:0", [])
     assert [agree(both, yes) for yes in (False, True, False, False)] == [False, False, True, False]

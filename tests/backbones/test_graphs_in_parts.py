@@ -1,0 +1,295 @@
+"""A captured training step in parts, as several processes have it, is that of one pair of graphs, every bit. On CPUs
+the graphs are stand-ins that run what was captured again, in the same memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mambaseq.backbones import graphed
+from mambaseq.backbones.graphed import EAGER_CALLS
+from mambaseq.models import SequenceModel, causal_lm
+
+VOCABULARY = 7
+
+
+class Graph:
+    """Runs what was recorded again, and leaves what it gives where the first run has left it. What graphs recorded
+    later gave is overwritten, as is memory that they may share; and so is what this one gives, while it is captured."""
+
+    def __init__(self, run: Callable[[], Sequence[Tensor | None]], everyone: list[Graph]) -> None:
+        self._run, self._everyone, self._number = run, everyone, len(everyone)
+        known = {tensor.data_ptr() for other in everyone for tensor in other.own}
+        self.made = run()
+        self.own = [t for t in self.made if t is not None and t.data_ptr() not in known]
+        everyone.append(self)
+        self._spoil()
+
+    def _spoil(self) -> None:
+        for tensor in self.own:
+            tensor.data.fill_(torch.nan)  # as a GPU does it: no version is counted
+
+    def replay(self) -> None:
+        Recorder.replayed.append(self._number)
+        for other in self._everyone[self._number + 1 :]:
+            other._spoil()
+        for memory, tensor in zip(self.made, self._run(), strict=True):
+            if memory is not None and tensor is not None:
+                memory.data.copy_(tensor.detach())
+
+
+class Recorder:
+    replayed: ClassVar[list[int]] = []  # the numbers of graphs
+
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+
+    def warm_up(self, run: Callable[[], Any]) -> tuple[Any, bool]:
+        return run(), False
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+        graph = Graph(run, self.graphs)
+        return graph, graph.made
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    Recorder.replayed.clear()
+
+    @contextlib.contextmanager
+    def recording(self: Any, device: torch.device) -> Iterator[Recorder]:
+        yield Recorder()
+
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(graphed, "on_gpu", lambda device: True)
+        monkeypatch.setattr(graphed.Graphs, "_recording", recording)
+
+
+def make(cuda_graph: bool, layers: int = 9, d_model: int = 8, mixer: str = "mamba", **options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    return causal_lm(VOCABULARY, d_model, layers, mixer, cuda_graph=cuda_graph, **options).train()
+
+
+def data(step: int, device: torch.device | str = "cpu", length: int = 11) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, VOCABULARY, (2, length + 1), generator=torch.Generator().manual_seed(step)).to(device)
+    return tokens[:, :-1], tokens[:, 1:].contiguous()
+
+
+def pairs(model: SequenceModel) -> list[int]:
+    """How many pairs each captured step has."""
+    return [len(step.pairs) for step in model.backbone.graphs._pairs.values()]
+
+
+def train(
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    between: Callable[[SequenceModel, int], Any] = lambda model, step: None,
+    n_pairs: int = 4,
+    device: torch.device | str = "cpu",
+    half: bool = False,
+    **options: Any,
+) -> list[SequenceModel]:
+    """Steps of SGD by three models: run as usual, by one pair, in parts. Loss, gradients and weights are the same."""
+    models = [make(how, **options).to(device) for how in (False, True, True)]
+    kept: list[tuple[Tensor, Tensor]] = []
+    for step in range(steps):
+        found = []
+        for number, model in enumerate(models):
+            monkeypatch.setattr(graphed, "has_others", lambda number=number: number == 2)
+            between(model, step)
+            model.zero_grad()
+            with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half):
+                loss = model(*data(step, device)).loss
+            assert loss is not None
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+            kept += [(tensor, tensor.clone()) for tensor in found[-1]]
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p.sub_(p.grad, alpha=0.1)
+        for other in found[1:]:
+            assert len(other) == len(found[0])
+            for actual, expected in zip(other, found[0], strict=True):
+                assert torch.isfinite(actual).all()
+                assert torch.equal(actual, expected), step
+    assert all(torch.equal(tensor, then) for tensor, then in kept)  # what was given out is not overwritten
+    usual, one, several = models
+    assert not pairs(usual)
+    assert set(pairs(one)) == {1}
+    assert set(pairs(several)) == {n_pairs}
+    assert several.backbone.graphs.why_not is None
+    assert several.backbone.graphs.replays == one.backbone.graphs.replays > 0
+    return models
+
+
+@pytest.mark.parametrize(
+    ("options", "n_pairs"),
+    [
+        ({}, 4),
+        ({"layers": 2}, 2),
+        ({"layers": 1}, 1),
+        ({"pattern": ["mamba", "mlp"], "layers": 6}, 3),
+        ({"mixer": "s4d"}, 4),
+        ({"pattern": ["mamba*"]}, 1),  # a mixer that layers of several parts share
+    ],
+    ids=str,
+)
+def test_steps_in_parts(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], n_pairs: int) -> None:
+    models = train(monkeypatch, EAGER_CALLS + 3, n_pairs=n_pairs, **options)
+    assert models[2].backbone.graphs.replays == 3
+
+
+def test_backwards_are_replayed_from_the_last_part_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a part's gradients are there before the part before it begins."""
+    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    model = make(True)
+    for step in range(EAGER_CALLS):
+        model(*data(step)).loss.backward()
+    came: list[tuple[str, int]] = []
+    for name, p in model.backbone.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: came.append((name, len(Recorder.replayed))))
+    model(*data(9)).loss.backward()
+    assert Recorder.replayed == [0, 1, 2, 3, 4, 5, 6, 7]
+    layers = [[8, 7, 6, 5, 4], [3, 2], [1], [0]]  # of 9: half of what is left is a part
+    for name, after in came:
+        layer = 8 if name.startswith("norm_f") else int(name.split(".")[1])
+        assert layer in layers[after - 5], name
+    assert len(came) == len(list(model.backbone.parameters()))
+
+
+def test_a_validation_between_and_frozen_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def between(model: SequenceModel, step: int) -> None:
+        with torch.no_grad():
+            before = model.backbone.graphs.replays
+            model.eval()(*data(9))
+            model.train()(*data(9))
+            assert model.backbone.graphs.replays == before
+        model.encoder.requires_grad_(step < 4)
+        frozen = 0 if step < 8 else 3  # the first part, which then has no gradient at all, and one layer of the next
+        for layer in model.backbone.layers[:frozen]:  # type: ignore[index]
+            layer.requires_grad_(False)
+
+    models = train(monkeypatch, 12, between)
+    assert pairs(models[2]) == [4, 4, 4]
+    assert models[2].backbone.graphs.replays == 3 * 2
+
+
+def test_a_changed_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def between(model: SequenceModel, step: int) -> None:
+        layer: Any = model.backbone.layers[4]
+        if step == 4:
+            layer.mixer.out_proj.weight = nn.Parameter(layer.mixer.out_proj.weight.detach().clone())
+        if step == 8:
+            with torch.no_grad():
+                layer.mixer.out_proj.weight.mul_(2)
+
+    models = train(monkeypatch, 10, between)
+    assert models[2].backbone.graphs.replays == 2 + 4
+
+
+def test_forwards_before_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two is run as usual; one without a backward blocks nothing."""
+    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    found = []
+    for model in (make(False), make(True)):
+        for step in range(EAGER_CALLS):
+            model(*data(step)).loss.backward()
+        model.zero_grad()
+        model(*data(5))
+        first = model(*data(6)).loss
+        second = model(*data(7)).loss
+        first.backward()
+        second.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert model.backbone.graphs.replays == 2
+
+
+def test_gradients_of_some_parameters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other parts keep their activations as long as somebody may ask for them."""
+    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    found = []
+    for model in (make(False), make(True)):
+        for step in range(EAGER_CALLS):
+            model(*data(step)).loss.backward()
+        model.zero_grad()
+        loss = model(*data(5)).loss
+        last = model.backbone.layers[-1].mixer.out_proj.weight  # type: ignore[union-attr]
+        alone = torch.autograd.grad(loss, [last], retain_graph=True)
+        model(*data(6)).loss.backward()
+        found.append([*alone, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert model.backbone.graphs.replays == 1  # not while `loss` is there
+    with pytest.raises(RuntimeError, match='cuda_graph="auto" or False'):
+        loss.backward()
+    del loss
+    model(*data(7)).loss.backward()
+    assert model.backbone.graphs.replays == 2
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    model = make(True)
+    for step in range(EAGER_CALLS):
+        model(*data(step)).loss.backward()
+    loss = model(*data(5)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='cuda_graph="auto" or False'):
+        loss.backward()
+    loss = model(*data(5)).loss
+    with torch.no_grad():
+        model.backbone.layers[0].norm.weight.mul_(2)  # type: ignore[index, union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert model.backbone.graphs.replays == 2
+
+
+def test_other_processes_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(True)
+    usual = copy.deepcopy(model)
+    for others in (False, True):
+        monkeypatch.setattr(graphed, "has_others", lambda others=others: others)
+        for step in range(EAGER_CALLS + 1):
+            model(*data(step)).loss.backward()
+    assert pairs(model) == [1, 4]
+    usual.backbone.cuda_graph = False
+    for _ in range(2):
+        for step in range(EAGER_CALLS + 1):
+            usual(*data(step)).loss.backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), usual.parameters(), strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+def test_on_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch, mixer: str, half: bool) -> None:
+    train(monkeypatch, 6, device=cuda, half=half, mixer=mixer, layers=5, d_model=64, n_pairs=3)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts use one memory: a tenth more than one pair at most."""
+    taken = []
+    for others in (False, True):
+        monkeypatch.setattr(graphed, "has_others", lambda others=others: others)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.manual_seed(0)
+        model = causal_lm(VOCABULARY, 512, 12, cuda_graph=True).to(cuda).train()
+        for step in range(4):
+            model(*data(step, cuda, 8192)).loss.backward()
+        assert model.backbone.graphs.replays == 2
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+        del model
+    assert taken[1] <= 1.1 * taken[0], taken
