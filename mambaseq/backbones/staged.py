@@ -17,6 +17,7 @@ import contextlib
 import contextvars
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,10 +54,10 @@ def current() -> Staged | None:
 
 
 class Seen(NamedTuple):
-    """A stage as it was run: its layers, what runs them, and what it was given."""
+    """A stage as it was run: its layers, and what it was given. Not what runs them, which would hold the module that
+    holds this."""
 
     layers: list[Any]
-    run: RunLayers
     residual: Like
     branch: Like | None
 
@@ -168,8 +169,7 @@ class Staged:
             branch: Tensor | None, residual: Tensor, states: list[Any], wanted: bool
         ) -> tuple[Tensor, Tensor, list[Any]]:
             if self._noted is not None:
-                noted = Seen(layers, run, Like.of(residual), None if branch is None else Like.of(branch))
-                self._noted.append(noted)
+                self._noted.append(Seen(layers, Like.of(residual), None if branch is None else Like.of(branch)))
             given = [
                 layer.mixer.init_state(len(residual), device=residual.device) if state is None else state
                 for layer, state in zip(layers, states, strict=True)
@@ -261,7 +261,7 @@ class _Chunk:
                 yield
 
         shared: dict[tuple[int, Like], Tensor] = {}
-        self.stages = [_Stage(one, batch, device, surrounded) for one in seen]
+        self.stages = [_Stage(module, one, batch, device, surrounded) for one in seen]
         for stage in self.stages:
             warmed_up(module, device, record, functools.partial(stage.warm_up, list(leaves.values())))
         of_stages = [address for stage in self.stages for address in stage.totals]
@@ -282,8 +282,9 @@ class _Chunk:
 class _Stage:
     """The graphs of a stage. Tensors are in the order: residual, branch (None for the first stage), states."""
 
-    def __init__(self, seen: Seen, batch: int, device: torch.device, surrounded: Casting) -> None:
-        self.layers, self._run, self._surrounded, self._device = seen.layers, seen.run, surrounded, device
+    def __init__(self, module: nn.Module, seen: Seen, batch: int, device: torch.device, surrounded: Casting) -> None:
+        self._module, self.layers = weakref.ref(module), seen.layers
+        self._surrounded, self._device = surrounded, device
         self._likes = [layer.mixer.init_state(batch, device=device) for layer in seen.layers]
         self._passed = [seen.residual] if seen.branch is None else [seen.residual, seen.branch]
         kinds = [Like.of(tensor) for tensor in _tensors(self._likes)]
@@ -313,8 +314,10 @@ class _Stage:
 
     def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         branch = None if len(self._passed) == 1 else inputs[1]
+        module: Any = self._module()
+        states = self.states(inputs[len(self._passed) :])
         with self._surrounded():
-            branch, residual, new = self._run(branch, inputs[0], self.states(inputs[len(self._passed) :]), True)
+            branch, residual, new = module._stage(self.layers, None, None, branch, inputs[0], states, True)
         return [residual, branch, *_tensors(new)]
 
     def _empty(self, kinds: Sequence[Like]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -350,6 +351,24 @@ def test_layers_are_run_alike_whatever_becomes_of_the_graphs(
             model(*data(step, 3 * CHUNK)).loss.backward()
     assert bool(graphs_of(model).replays) is (how == "replayed")
     assert seen == {(True, True, True)}
+
+
+@pytest.mark.parametrize("cuda_graph", ["auto", True])
+def test_a_module_is_freed_as_soon_as_nobody_has_it(stand_ins: None, cuda_graph: CudaGraph) -> None:
+    """Noted, or captured: its memory does not wait for Python's collector."""
+    model = make(cuda_graph)
+    for step in range(2):
+        model(*data(step, 2 * CHUNK)).loss.backward()
+    assert graphs_of(model).seen
+    assert graphs_of(model).captured == int(cuda_graph is True)
+    backbone = weakref.ref(model.backbone)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert backbone() is None
+    finally:
+        gc.enable()
 
 
 # whose states are bounded
