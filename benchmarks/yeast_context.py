@@ -2,7 +2,7 @@
 fit` whose losses are held against those of one GPU, which reads the window in chunks.
 
     python benchmarks/yeast_context.py --data yeasts.fa.xz --out runs/yeasts --only one two    # 100 steps of each
-    python benchmarks/yeast_context.py --data yeasts.fa.xz --out runs/yeasts --only train      # goes on to 8 minutes
+    python benchmarks/yeast_context.py --data yeasts.fa.xz --out runs/8 --only train --precision bf16-mixed  # 8 minutes
     python benchmarks/yeast_context.py --tiny --out runs/tiny                                  # on two CPU processes
 
 data: the archive that the recipe `mambaseq reproduce yeasts` describes. Chromosome VII of six strains is for training,
@@ -31,8 +31,10 @@ from mambaseq.reporting.runs import RunFolder
 
 TRAIN, VALIDATION, TEST = "chrVII", "chrXV", "chrIV"
 SPECIES = {"Scer": "cerevisiae", "Spar": "paradoxus"}
-# of the losses of a step, in nats: sums are of another order, and products are in bf16
-TOLERANCE, TOLERANCE_TINY = 1e-2, 1e-4
+# of the losses of a step, in nats, of which sums of another order are the only cause. In bf16-mixed, whose logits have
+# eight bits, those of 75 steps were 3e-3 apart once and 88 steps 3e-2, so that is for training, not for comparing
+TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 1e-1}
+TOLERANCE_TINY = 1e-4
 
 
 def wanted() -> dict[str, str]:
@@ -63,7 +65,7 @@ def extract(archive: Path | None, folder: Path, length: int) -> None:
             file.write("".join(texts).encode())
 
 
-def config(folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
+def config(folder: Path, steps: int, precision: str, tiny: bool) -> dict[str, Any]:
     length = 256 if tiny else 2**20
     backbone = {"name": "residual", "n_layers": 2 if tiny else 8, "chunk_length": 64 if tiny else 2**16}
     return {
@@ -87,7 +89,7 @@ def config(folder: Path, steps: int, tiny: bool) -> dict[str, Any]:
         "checkpoint": {"every_n_steps": 50},
         "trainer": {
             **{"max_steps": steps, "accelerator": "cpu" if tiny else "gpu", "log_every_n_steps": 1},
-            **{"precision": "32-true" if tiny else "bf16-mixed", "enable_progress_bar": False},
+            **{"precision": precision, "enable_progress_bar": False},
             **{"gradient_clip_val": 1.0, "limit_val_batches": 0},
         },
     }
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="whose losses are compared")
     parser.add_argument("--minutes", type=float, default=8, help="of training after these")
     parser.add_argument("--seconds", type=float, default=3600, help="the most that each part may take")
+    parser.add_argument("--precision", choices=TOLERANCE, default="32-true")
     parser.add_argument("--tiny", action="store_true", help="made-up sequences of 256 bases, on CPUs")
     options = parser.parse_args()
     if not options.tiny and options.data is None:
@@ -165,10 +168,12 @@ def main() -> None:
     if not all((genomes / f"{species}.fa").is_file() for species in SPECIES.values()):
         extract(None if options.tiny else options.data, genomes, 256)
     start = ["--config", str(out / "c.yaml")]
-    (out / "c.yaml").write_text(json_text(config(genomes, options.steps, options.tiny)))  # which is YAML
+    (out / "c.yaml").write_text(
+        json_text(config(genomes, options.steps, options.precision, options.tiny))
+    )  # which is YAML
     split = [f"--model.backbone.context_parallel={options.devices}", f"--trainer.devices={options.devices}"]
     split += ["--trainer.strategy=ddp"]
-    tolerance = TOLERANCE_TINY if options.tiny else TOLERANCE
+    tolerance = TOLERANCE_TINY if options.tiny else TOLERANCE[options.precision]
     more = []
     if "train" in options.only:  # from the start if there is no run of `two`, whose first steps are the same
         days, rest = divmod(round(60 * options.minutes), 86_400)  # of all that was trained so far
