@@ -258,12 +258,14 @@ def _space(key: str, value: Any, refuse: Any) -> Range | list[Any]:
     takes = f"{cut(key)} must be a list of values, or {{low: ..., high: ...}} with log: true or a step"
     if not isinstance(value, Mapping):
         raise refuse(f"{takes}, not {shown(value)}.")
+    if "choices" in value:
+        raise refuse(f"{cut(key)} has choices, or low and high, not both: {shown(value)}.")
     if unknown := [name for name in value if name not in _OF_A_RANGE]:
         name = str(unknown[0])[:80]
         near = did_you_mean(_ELSEWHERE.get(name, name), (*_OF_A_RANGE, "choices"))
         raise refuse(f"{cut(key)}: there is no key {shown(unknown[0])}.{near} {takes}.")
     if missing := [name for name in ("low", "high") if name not in value]:
-        raise refuse(f"{takes}; {' and '.join(missing)} is missing in {shown(value)}.")
+        raise refuse(f"{takes}; there is no {' and no '.join(missing)} in {shown(value)}.")
     low, high, log, step = value["low"], value["high"], value.get("log", False), value.get("step")
     if not (fits(low, float) and fits(high, float) and low < high):
         raise refuse(f"{cut(key)} must have low and high, finite numbers, the first below the second.")

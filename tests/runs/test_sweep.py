@@ -242,6 +242,11 @@ def test_a_score_that_is_not_finite_is_of_a_run_that_diverged(here: Path, monkey
             "sweep.yaml: search, with all names combined, asks for 262,144 configurations",
         ),
         ({"search": {"optimizer.lr": {"low": 1}}, "trials": 1}, "or {low: ..., high: ...}"),
+        ({"search": {"optimizer.lr": {}}, "trials": 1}, "there is no low and no high in {}"),
+        (
+            {"search": {"optimizer.lr": {"choices": [1], "high": 2}}, "trials": 1},
+            "has choices, or low and high, not both",
+        ),
         (
             {"search": {"optimizer.lr": {"lo": 1, "high": 2}}, "trials": 1},
             "optimizer.lr: there is no key 'lo'. Did you mean 'low'?",
