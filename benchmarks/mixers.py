@@ -13,7 +13,8 @@ on a CPU of a 130M model's, in float32, whole mixers only, of which any that is 
     steps    whole mixers' decode steps, projections too, and how far from reading weights and states once they are.
 
 On a GPU all is timed inside of CUDA graphs, so that nothing of Python is counted, on a CPU the best of some calls is
-told. Scans and updates are held against float64.
+told: with one thread (`OMP_NUM_THREADS=1`) the processor's time, which other work on the machine changes little. Scans
+and updates are held against float64.
 """
 
 from __future__ import annotations
@@ -85,12 +86,13 @@ BATCH = SIZES["cuda"].decoded
 def milliseconds(run: Callable[[], Any], device: str = "cuda", repeats: int = 20) -> float:
     if device == "cuda":
         return lti_gpu.milliseconds(run, repeats)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     run()
     found = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         run()
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return 1e3 * min(found)
 
 
