@@ -347,11 +347,9 @@ def steps(names: list[str], device: str) -> None:
 def _step(name: str, dtype: torch.dtype, device: str) -> str:
     mixer, of = mixer_of(name, device).eval(), SIZES[device]
     mixer = mixer.bfloat16() if device == "cuda" else mixer
-    state = mixer.init_state(of.decoded)
-    if dtype == torch.bfloat16 and not state.accumulated:
+    state = mixer.init_state(of.decoded).stored_as(dtype)
+    if dtype == torch.bfloat16 and all(tensor.dtype != dtype for tensor in state.tensors().values()):
         return "has none"
-    for one in state.accumulated if dtype == torch.bfloat16 else ():
-        setattr(state, one, getattr(state, one).to(dtype))
     x = torch.randn(of.decoded, 1, of.d_model, device=device, dtype=next(mixer.parameters()).dtype)
     took = milliseconds(lambda: mixer.step_(x, state), device, 20 if device == "cuda" else 200)
     held = sum(p.numel() * p.element_size() for p in mixer.parameters())
