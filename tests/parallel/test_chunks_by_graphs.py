@@ -344,7 +344,8 @@ def test_layers_are_run_alike_whatever_becomes_of_the_graphs(
 
     monkeypatch.setattr(Mamba, "forward", spy)
     model = make("auto", 1)
-    for frozen in (model.encoder, model.backbone.layers[0].norm):  # type: ignore[index]
+    backbone: Any = model.backbone
+    for frozen in (model.encoder, backbone.layers[0].norm):
         frozen.requires_grad_(False)
     with capture.capturing if how == "busy" else contextlib.nullcontext():
         for step in range(4):
