@@ -73,8 +73,7 @@ def trained(measure: Measure, name: str, how: str, size: dict[str, int], batch: 
     measure.keep(row)
 
 
-_IN_PLACE = {"class_path": "DDPStrategy", "init_args": {"gradient_as_bucket_view": True}}  # sums are not copied back
-WAYS: dict[str, tuple[Any, int]] = {"ddp": (_IN_PLACE, 1), "fsdp2": ("fsdp2", 1), "ddp x context parallel": ("ddp", 2)}
+WAYS: dict[str, tuple[str, int]] = {"ddp": ("ddp", 1), "fsdp2": ("fsdp2", 1), "ddp x context parallel": ("ddp", 2)}
 """Of `mambaseq fit`: the strategy, and how many GPUs share a sequence."""
 
 

@@ -69,10 +69,11 @@ KEYS = {
     "accelerator": Key((f"{PYTORCH}.accelerators:Accelerator",), (f"{PYTORCH}.accelerators",), False, (str,)),
 }
 
-# names of ours, beside Lightning's
+# names of ours, beside Lightning's or in their place
+_DDP = "mambaseq.tasks.replicated:Replicated"
 _OURS = {
     "profiler": {"parts": "mambaseq.tasks.parts:StepParts"},
-    "strategy": {"fsdp2": "mambaseq.tasks.sharding:FullySharded"},
+    "strategy": {"fsdp2": "mambaseq.tasks.sharding:FullySharded", "ddp": _DDP, "DDPStrategy": _DDP},
 }
 
 _NO_FSDP = "runs are not sharded by Lightning's FSDP. Use trainer.strategy fsdp2, which does the same, also on CPUs."
@@ -163,7 +164,8 @@ def _check_short(key: str, name: str, where: str) -> None:
     else:
         return
     if (name.lower() if key == "profiler" else name) not in known:
-        known = [*_OURS[key], *known]
+        known = list(dict.fromkeys([*_OURS[key], *known]))
+        known = [name for name in known if not name.endswith("Strategy")]
         raise ConfigError(
             f"{where}: there is no {key} {shown(name, 200)}.{did_you_mean(name[:80], known)} Known: "
             f"{cut_list(known, most=40)}; or a class, as {{class_path: NAME, init_args: {{...}}}}."

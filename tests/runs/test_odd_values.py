@@ -128,7 +128,7 @@ def test_short_names_of_the_trainer_are_told_with_ours() -> None:
 
     with pytest.raises(ConfigError, match=r"profiler 'part'\. Did you mean 'parts'\? Known: parts, simple"):
         make_classes("profiler", "part")
-    with pytest.raises(ConfigError, match=r"strategy 'dpp'\. Did you mean 'ddp'\? Known: fsdp2, auto, ddp"):
+    with pytest.raises(ConfigError, match=r"strategy 'dpp'\. Did you mean 'ddp'\? Known: fsdp2, ddp, auto, ddp_spawn"):
         make_classes("strategy", "dpp")
     for sharded in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy", {"class_path": "FSDPStrategy"}):
         with pytest.raises(ConfigError, match=r"Use trainer\.strategy fsdp2"):

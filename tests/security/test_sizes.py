@@ -34,7 +34,7 @@ STRANDS: dict[str, Any] = {
     "head": {"name": "rc_lm", **PAIRS},
 }
 # how a call is cut in time or over processes, and lengths that something is scaled to: no tensor has such a size
-NO_SIZE = {"chunk_length", "chunk_size", "context_parallel", "window", "l_max", "max_length"}
+NO_SIZE = {"chunk_length", "chunk_size", "context_parallel", "window", "l_max", "max_length", "most_labels"}
 
 
 def parts() -> list[tuple[str, str, dict[str, Any]]]:
