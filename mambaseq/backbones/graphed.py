@@ -293,23 +293,20 @@ class _Step:
             with _casting(autocast), torch.enable_grad(), in_place_of(places):
                 yield
 
-        self.pairs = [
-            _Pair(part, [leaves[learned[place]] for place in of], surrounded, autocast)
-            for part, of in zip(parts, self._learned_of, strict=True)
-        ]
+        self.pairs = [_Pair([leaves[learned[place]] for place in of], surrounded, autocast) for of in self._learned_of]
         self.pairs[0].is_first = self.pairs[-1].is_last = True
         given = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_(x.requires_grad)]
 
         def steps() -> None:
             for _ in range(WARM_UPS):
                 passed = given
-                for pair in self.pairs:
-                    passed = pair.warm_up(passed)
+                for pair, part in zip(self.pairs, parts, strict=True):
+                    passed = pair.warm_up(part, passed)
 
         warmed_up(module, x.device, record, steps)
         passed = given
-        for pair in self.pairs:
-            passed = pair.record_forward(passed, record)
+        for pair, part in zip(self.pairs, parts, strict=True):
+            passed = pair.record_forward(part, passed, record)
         dys: list[Tensor | None] = [None]
         for pair in reversed(self.pairs):
             dys = pair.record_backward(dys, record)
@@ -349,36 +346,36 @@ class _Pair:
 
     def __init__(
         self,
-        part: Part,
         leaves: list[Tensor],
         surrounded: Callable[[], contextlib.AbstractContextManager[None]],
         autocast: torch.dtype | None,
     ) -> None:
         self.autocast = autocast
-        self._part, self._leaves, self._surrounded = part, leaves, surrounded
+        self._leaves, self._surrounded = leaves, surrounded
         self._turn: weakref.ref[_Turn] | None = None
 
-    def _call(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _call(self, part: Part, inputs: Sequence[Tensor]) -> list[Tensor]:
         with self._surrounded():
-            return list(self._part.run(*inputs))
+            return list(part.run(*inputs))
 
     def _wanted(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [*(tensor for tensor in inputs if tensor.requires_grad), *self._leaves]
 
-    def warm_up(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def warm_up(self, part: Part, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run what is captured. The inputs of the next part."""
-        ys, wanted = self._call(inputs), self._wanted(inputs)
+        ys, wanted = self._call(part, inputs), self._wanted(inputs)
         check_leaves(ys, wanted)
         if with_gradient := [y for y in ys if y.requires_grad]:
             gradients(with_gradient, wanted, [torch.zeros_like(y) for y in with_gradient])
         return _cut_off(ys)
 
-    def record_forward(self, inputs: Sequence[Tensor], record: Recorder) -> list[Tensor]:
-        """Capture the forward pass. The inputs of the next part."""
+    def record_forward(self, part: Part, inputs: Sequence[Tensor], record: Recorder) -> list[Tensor]:
+        """Capture the forward pass. The inputs of the next part. The part is not kept: it holds the module, whose
+        memory would wait for Python's collector."""
         self._inputs = inputs
 
         def forward() -> list[Tensor]:
-            self._ys = self._call(inputs)
+            self._ys = self._call(part, inputs)
             return self._ys
 
         self._forward, ys = record(forward)

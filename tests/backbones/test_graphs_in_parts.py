@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -293,3 +295,28 @@ def test_memory_on_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) ->
         taken.append(torch.cuda.memory_reserved() - before)
         del model
     assert taken[1] <= 1.1 * taken[0], taken
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_captured_module_is_freed_as_soon_as_nobody_has_it(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory does not wait for Python's collector. Graphs hold nothing of what they were captured from."""
+
+    def record(self: Recorder, run: Callable[[], Any]) -> tuple[Any, Any]:
+        return SimpleNamespace(replay=lambda: None), run()
+
+    monkeypatch.setattr(Recorder, "__call__", record)
+    monkeypatch.setattr(graphed, "has_others", lambda: several)
+    model = make(True)
+    for step in range(EAGER_CALLS + 1):
+        loss = model(*data(step)).loss
+        assert loss is not None
+        loss.backward()
+    assert pairs(model) == [4 if several else 1]
+    backbone = weakref.ref(model.backbone)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, loss
+        assert backbone() is None
+    finally:
+        gc.enable()
