@@ -89,7 +89,7 @@ class Context:
         # each communicator has messages of one kind, so that it does not matter that they keep their order
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        if processors is not None:
+        if processors is not None and hasattr(options, "config"):  # which only NVIDIA's library has
             options.config.min_ctas, options.config.max_ctas = 1, processors
         if timeout is not None:
             options._timeout = timeout
