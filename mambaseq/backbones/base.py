@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mambaseq import parallel
 from mambaseq.backbones import relay, staged
-from mambaseq.backbones.graphed import CudaGraph, Part, StepGraphs
+from mambaseq.backbones.graphed import CudaGraph
+from mambaseq.backbones.graphed_steps import Part, StepGraphs
 from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.errors import ConfigError, check_positive
 from mambaseq.mixers.base import Mixer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mambaseq.backbones.base import Backbone, ContextStates, ResidualLayer, positions_of_layers, step_layers_
-from mambaseq.backbones.graphed import CudaGraph, Part
+from mambaseq.backbones.graphed import CudaGraph
+from mambaseq.backbones.graphed_steps import Part
 from mambaseq.backbones.patterns import MakeMixer, make_mixers, scale_residual_
 from mambaseq.mixers.base import Mixer
 from mambaseq.mixers.norm import NormName, make_norm
@@ -39,8 +40,8 @@ class ResidualStack(Backbone):
             the backward pass: memory a token then does not grow with the layers (see `backbones/chunks.py`). None runs
             them whole.
         cuda_graph: replay the forward and backward of training steps as CUDA graphs, one pair for each shape of input
-            (see `backbones/graphed.py`): faster where kernels are shorter than their launches. With chunk_length, the
-            layers of each chunk between two messages (see `backbones/staged.py`). Calls with states, packed
+            (see `backbones/graphed_steps.py`): faster where kernels are shorter than their launches. With chunk_length,
+            the layers of each chunk between two messages (see `backbones/staged.py`). Calls with states, packed
             sequences or checkpoints, with hooks inside, or not on CUDA run as usual. auto: if it changes no number and
             is faster (see `backbones/automatic.py`).
         context_parallel: how many processes share every training sequence, each with a part of its positions (see

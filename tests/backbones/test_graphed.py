@@ -16,8 +16,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from mambaseq.backbones import automatic, graphed
-from mambaseq.backbones.graphed import EAGER_CALLS, MOST_GRAPHS, CudaGraph, Key, StepGraphs, inspect
+from mambaseq.backbones import automatic, graphed, graphed_steps
+from mambaseq.backbones.graphed import EAGER_CALLS, MOST_GRAPHS, CudaGraph, Key, inspect
+from mambaseq.backbones.graphed_steps import StepGraphs
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model, causal_lm
@@ -237,11 +238,11 @@ def test_what_a_replay_cannot_give_is_made_as_usual() -> None:
 
     expected = torch.autograd.grad(run(x), [x, *parameters], dy, create_graph=True)
     with torch.no_grad():
-        found = graphed._as_usual(run, x, parameters, None, dy)
+        found = graphed_steps._as_usual(run, x, parameters, None, dy)
     torch.testing.assert_close(found, expected)
     assert not any(d.requires_grad for d in found if d is not None)
-    assert graphed._as_usual(run, x.detach(), parameters, None, dy)[0] is None
-    again = graphed._as_usual(run, x, parameters, None, dy)
+    assert graphed_steps._as_usual(run, x.detach(), parameters, None, dy)[0] is None
+    again = graphed_steps._as_usual(run, x, parameters, None, dy)
     sums = [sum((d.square().sum() for d in ds if d is not None), torch.zeros(())) for ds in (again, expected)]
     for a, b in zip(*(torch.autograd.grad(s, [x, *parameters]) for s in sums), strict=True):
         torch.testing.assert_close(a, b)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.backbones import graphed
+from mambaseq.backbones import graphed, graphed_steps
 from mambaseq.backbones.graphed import EAGER_CALLS
 from mambaseq.models import SequenceModel, causal_lm
 
@@ -104,7 +104,7 @@ def train(
     for step in range(steps):
         found = []
         for number, model in enumerate(models):
-            monkeypatch.setattr(graphed, "has_others", lambda number=number: number == 2)
+            monkeypatch.setattr(graphed_steps, "has_others", lambda number=number: number == 2)
             between(model, step)
             model.zero_grad()
             with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=half):
@@ -151,7 +151,7 @@ def test_steps_in_parts(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 
 def test_backwards_are_replayed_from_the_last_part_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a part's gradients are there before the part before it begins."""
-    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    monkeypatch.setattr(graphed_steps, "has_others", lambda: True)
     model = make(True)
     for step in range(EAGER_CALLS):
         model(*data(step)).loss.backward()
@@ -199,7 +199,7 @@ def test_a_changed_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_forwards_before_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of two is run as usual; one without a backward blocks nothing."""
-    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    monkeypatch.setattr(graphed_steps, "has_others", lambda: True)
     found = []
     for model in (make(False), make(True)):
         for step in range(EAGER_CALLS):
@@ -217,7 +217,7 @@ def test_forwards_before_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradients_of_some_parameters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other parts keep their activations as long as somebody may ask for them."""
-    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    monkeypatch.setattr(graphed_steps, "has_others", lambda: True)
     found = []
     for model in (make(False), make(True)):
         for step in range(EAGER_CALLS):
@@ -238,7 +238,7 @@ def test_gradients_of_some_parameters_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "has_others", lambda: True)
+    monkeypatch.setattr(graphed_steps, "has_others", lambda: True)
     model = make(True)
     for step in range(EAGER_CALLS):
         model(*data(step)).loss.backward()
@@ -258,7 +258,7 @@ def test_other_processes_that_come_later(monkeypatch: pytest.MonkeyPatch) -> Non
     model = make(True)
     usual = copy.deepcopy(model)
     for others in (False, True):
-        monkeypatch.setattr(graphed, "has_others", lambda others=others: others)
+        monkeypatch.setattr(graphed_steps, "has_others", lambda others=others: others)
         for step in range(EAGER_CALLS + 1):
             model(*data(step)).loss.backward()
     assert pairs(model) == [1, 4]
@@ -281,7 +281,7 @@ def test_memory_on_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     """Parts use one memory: a tenth more than one pair at most."""
     taken = []
     for others in (False, True):
-        monkeypatch.setattr(graphed, "has_others", lambda others=others: others)
+        monkeypatch.setattr(graphed_steps, "has_others", lambda others=others: others)
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
@@ -305,7 +305,7 @@ def test_a_captured_module_is_freed_as_soon_as_nobody_has_it(several: bool, monk
         return SimpleNamespace(replay=lambda: None), run()
 
     monkeypatch.setattr(Recorder, "__call__", record)
-    monkeypatch.setattr(graphed, "has_others", lambda: several)
+    monkeypatch.setattr(graphed_steps, "has_others", lambda: several)
     model = make(True)
     for step in range(EAGER_CALLS + 1):
         loss = model(*data(step)).loss
