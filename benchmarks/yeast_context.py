@@ -32,8 +32,8 @@ from mambaseq.reporting.runs import RunFolder
 TRAIN, VALIDATION, TEST = "chrVII", "chrXV", "chrIV"
 SPECIES = {"Scer": "cerevisiae", "Spar": "paradoxus"}
 # of the losses of a step, in nats, of which sums of another order are the only cause. In bf16-mixed, whose logits have
-# eight bits, those of 75 steps were 3e-3 apart once and 88 steps 3e-2, so that is for training, not for comparing
-TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 1e-1}
+# eight bits, those of 75 steps kept it (3e-3), of 88 steps they did not (3e-2): that is for training, not for comparing
+TOLERANCE = {"32-true": 1e-3, "bf16-mixed": 1e-2}
 TOLERANCE_TINY = 1e-4
 
 

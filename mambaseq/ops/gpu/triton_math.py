@@ -63,7 +63,7 @@ def tanh(v):
 
 @triton.jit
 def cos_sin(v):
-    """Cosine and sine of float32 of few turns, within 1e-7: by polynomials (of Cephes) of what is left of v without
+    """Cosine and sine of float32 of few turns, within 1.5e-7: by polynomials (of Cephes) of what is left of v without
     quarters of a turn, some 25 instructions for both."""
     shifted = v * 0.6366197723675814 + 12582912.0  # 1.5 * 2^23: its last bits count quarters
     quarter = shifted.to(tl.int32, bitcast=True)
