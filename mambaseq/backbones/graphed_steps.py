@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mambaseq.backbones.automatic import has_others
 from mambaseq.backbones.graphed import (
@@ -51,7 +52,14 @@ class StepGraphs(Graphs["_Step"]):
 
     There are no second derivatives, and there is one backward pass for each forward pass, unless graphs are automatic:
     what a replay cannot give is then computed without it. Of each part, all gradients come at once.
+
+    places: of parameters, memory of their size where gradients are wanted, say where processes sum them. Whatever reads
+    a gradient there must be done before the next backward pass.
     """
+
+    def __init__(self, automatic: bool = False) -> None:
+        super().__init__(automatic)
+        self.places: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
     def __call__(
         self, module: nn.Module, run: Run, x: Tensor, parts: Callable[[], Sequence[Part]] = tuple
@@ -79,7 +87,7 @@ class StepGraphs(Graphs["_Step"]):
         if step is None or step.is_busy():
             return None
         self.replays += 1
-        return step(None if self._policy is None else run, x, learned)
+        return step(None if self._policy is None else run, x, learned, self.places)
 
 
 class _Turn:
@@ -142,10 +150,12 @@ class _Step:
         """Whether activations of a forward pass are still waiting for its backward."""
         return any(pair.is_busy() for pair in self.pairs)
 
-    def __call__(self, again: Run | None, x: Tensor, learned: Sequence[nn.Parameter]) -> Tensor:
+    def __call__(
+        self, again: Run | None, x: Tensor, learned: Sequence[nn.Parameter], places: Mapping[Tensor, Tensor]
+    ) -> Tensor:
         passed: Sequence[Tensor] = [x]
         for pair, of in zip(self.pairs, self._learned_of, strict=True):
-            passed = _Replay.apply(pair, again, *passed, *(learned[place] for place in of))
+            passed = _Replay.apply(pair, again, places, *passed, *(learned[place] for place in of))
         (y,) = passed
         return y
 
@@ -219,7 +229,9 @@ class _Pair:
 
         def backward() -> list[Tensor | None]:
             ys, self._ys = [self._ys[place] for place in self._places], []  # activations are free after this
-            return [None if d is None else d.detach() for d in gradients(ys, wanted, self._dys)]
+            found = [None if d is None else d.detach() for d in gradients(ys, wanted, self._dys)]
+            first = len(found) - len(self._leaves)
+            return [*found[:first], *map(_laid_out_as, found[first:], self._leaves)]
 
         found: list[Tensor | None] = [None] * len(wanted)
         if self._places:
@@ -255,13 +267,20 @@ class _Pair:
         self._forward.replay()
         return [y.clone() if self.is_last else y.detach() for y in self._outputs], turn
 
-    def backward(self, dys: Sequence[Tensor | None], turn: _Turn) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def backward(
+        self, dys: Sequence[Tensor | None], turn: _Turn, places: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The gradients of the inputs, and those of the parameters, each in its place of `places` if it has one."""
         turn.over = True
         for memory, place in zip(self._dys, self._places, strict=True):
             _fill(memory, dys[place])
         self._backward.replay()
-        # copies, with few launches (a product with 1 is exact): otherwise the next replay would overwrite `.grad`
-        copies = iter(torch._foreach_mul(self._gradients, 1.0) if self._gradients else ())
+        # copies, with few launches: otherwise the next replay would overwrite `.grad`
+        wanted = (place for place, has in zip(places, self._has_gradient, strict=True) if has)
+        found = [_place_of(d, place) for d, place in zip(self._gradients, wanted, strict=True)]
+        if found:
+            torch._foreach_copy_(found, self._gradients)
+        copies = iter(found)
         dxs = [None if dx is None else dx.clone() if self.is_first else dx.detach() for dx in self._dxs]
         return dxs, [next(copies) if has else None for has in self._has_gradient]
 
@@ -269,6 +288,23 @@ class _Pair:
 def _cut_off(ys: Sequence[Tensor]) -> list[Tensor]:
     """The same memory, as leaves."""
     return [y.detach().requires_grad_(y.requires_grad) for y in ys]
+
+
+def _laid_out_as(d: Tensor | None, leaf: Tensor) -> Tensor | None:
+    """A gradient with its parameter's strides, without which autograd would copy it once more."""
+    return d if d is None or d.stride() == leaf.stride() else torch.empty_like(leaf).copy_(d)
+
+
+def _place_of(d: Tensor, place: Tensor | None) -> Tensor:
+    """Memory for a copy of a gradient: a place that is just like it, or new memory."""
+    if place is None or (place.shape, place.stride(), place.dtype, place.device) != (
+        d.shape,
+        d.stride(),
+        d.dtype,
+        d.device,
+    ):
+        return torch.empty_like(d)
+    return place.detach()  # a tensor of its own, which autograd takes as `.grad` without a copy
 
 
 def _or_zeros(dy: Tensor | None, y: Tensor) -> Tensor:
@@ -285,14 +321,16 @@ def _fill(memory: Tensor, given: Tensor | None) -> None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pair: _Pair, again: Run | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, pair: _Pair, again: Run | None, places: Mapping[Tensor, Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         """tensors: inputs, then parameters. again: of a step with one part; recomputes the activations if they are gone
-        or second derivatives are wanted."""
+        or second derivatives are wanted. places: where gradients are wanted."""
         ctx.set_materialize_grads(False)
         given, parameters = tensors[: pair.n_inputs], tensors[pair.n_inputs :]
         # the backward pass reads the parameters; autograd checks that they are unchanged
         ctx.save_for_backward(given[0] if again is not None else None, *parameters)
-        ctx.pair, ctx.again = pair, again
+        ctx.pair, ctx.again, ctx.places = pair, again, places
         ys, ctx.turn = pair.forward(given)
         ctx.mark_non_differentiable(*pair.without_gradient(ys))
         return tuple(ys)
@@ -301,10 +339,12 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         if all(dy is None for dy in dys):
-            return (None,) * (2 + ctx.pair.n_inputs + len(parameters))
+            return (None,) * (3 + ctx.pair.n_inputs + len(parameters))
         dxs: Sequence[Tensor | None]
         if ctx.pair.holds(ctx.turn) and not torch.is_grad_enabled():
-            dxs, found = ctx.pair.backward(dys, ctx.turn)
+            # what was accumulated before may lie in the same place
+            places = [ctx.places.get(p) if p.grad is None else None for p in parameters]
+            dxs, found = ctx.pair.backward(dys, ctx.turn, places)
         elif ctx.again is not None:
             (dy,) = (dy for dy in dys if dy is not None)
             dx, *found = _as_usual(ctx.again, x, parameters, ctx.pair.autocast, dy)
@@ -315,7 +355,7 @@ class _Replay(torch.autograd.Function):
                 "activations are gone. For several (retain_graph=True, create_graph=True), make the backbone with "
                 'cuda_graph="auto" or False.'
             )
-        return (None, None, *dxs, *found)
+        return (None, None, None, *dxs, *found)
 
 
 def _as_usual(

@@ -1,10 +1,14 @@
 """Data parallel training on several devices, each with all weights (DDP)."""
 
-from __future__ import annotations
+from collections.abc import MutableMapping, Sequence
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import GradBucket, ProcessGroup, ReduceOp, all_reduce, get_backend
 from torch.nn.parallel import DistributedDataParallel
+
+from mambaseq.backbones.graphed_steps import StepGraphs
 
 
 class Replicated(DDPStrategy):
@@ -13,9 +17,48 @@ class Replicated(DDPStrategy):
     - gradients are accumulated on the stream on which they are computed. Lightning wraps the model on a stream of its
       own, which PyTorch remembers for every gradient, for captures of whole steps. We have none (what is captured lies
       within the model), so streams would wait for each other at every parameter, of which PyTorch warns.
-    - gradients lie where they are summed, unless `gradient_as_bucket_view` says otherwise: no sum is copied back.
+    - gradients lie where they are summed, unless `gradient_as_bucket_view` says otherwise: no sum is copied back. What
+      is replayed from CUDA graphs writes its gradients there, all of a part at once, where DDP would multiply one after
+      another into its buckets; unless `ddp_comm_hook` says how they are summed.
     """
+
+    _places: Sequence[MutableMapping[Tensor, Tensor]] = ()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         options = {"gradient_as_bucket_view": True, **self._ddp_kwargs}
-        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
+        wrapped = DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
+        if options["gradient_as_bucket_view"] and self._ddp_comm_hook is None:
+            graphs = [getattr(module, "graphs", None) for module in model.modules()]
+            self._places = [one.places for one in graphs if isinstance(one, StepGraphs)]
+            averages = "nccl" in get_backend(wrapped.process_group)
+            wrapped.register_comm_hook(_Mean(wrapped.process_group, averages, self._places), _Mean.begin)
+        return wrapped
+
+    def teardown(self) -> None:
+        for places in self._places:  # DDP's memory
+            places.clear()
+        super().teardown()
+
+
+class _Mean:
+    """The mean of gradients over processes, bucket by bucket, as DDP has it.
+
+    averages: whether the group has means, else there are sums of shares. places: told where each gradient lies.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, averages: bool, places: Sequence[MutableMapping[Tensor, Tensor]] = ()
+    ) -> None:
+        self._group, self._averages, self._places = group, averages, places
+
+    def begin(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        there = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+        for places in self._places:
+            places.update(there)
+        mean = bucket.buffer()
+        if not self._averages:
+            mean.mul_(1 / self._group.size())
+        op = ReduceOp.AVG if self._averages else ReduceOp.SUM
+        work = all_reduce(mean, op, group=self._group, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from parallel.ranks import contexts, on_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks import replicated
+from mambaseq.tasks.replicated import Replicated
 
 
 @pytest.mark.parametrize(
@@ -31,9 +38,73 @@ def test_a_model_is_wrapped_on_the_stream_that_trains_it(
 
     strategy = make_classes("strategy", written)
     assert isinstance(strategy, DDPStrategy)
+    assert strategy._timeout is not None
     assert strategy._timeout.total_seconds() == (300 if isinstance(written, dict) and view else 1800)
     monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: [0])
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(replicated, "DistributedDataParallel", lambda model, **options: made.update(options))
-    strategy._setup_model(nn.Linear(2, 2))  # type: ignore[attr-defined]
-    assert made == {"device_ids": [0], "gradient_as_bucket_view": view}
+
+    class Wrapped:
+        process_group = None
+
+        def __init__(self, model: nn.Module, **options: Any) -> None:
+            made.update(options)
+
+        def register_comm_hook(self, state: Any, hook: Any) -> None:
+            made["sums"] = True
+
+    monkeypatch.setattr(replicated, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(replicated, "get_backend", lambda group: "nccl")
+    strategy._setup_model(nn.Linear(2, 2))
+    assert made == {"device_ids": [0], "gradient_as_bucket_view": view} | ({"sums": True} if view else {})
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def wrapped(strategy: Replicated, monkeypatch: pytest.MonkeyPatch) -> tuple[SequenceModel, nn.Module]:
+    torch.manual_seed(0)
+    model = causal_lm(5, 8, 2)
+    monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: None)
+    return model, strategy._setup_model(model)
+
+
+def test_graphs_are_told_where_gradients_are_summed(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = Replicated()
+    model, ddp = wrapped(strategy, monkeypatch)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    for _ in range(3):  # buckets are made anew after the first
+        model.zero_grad()
+        ddp(tokens, tokens).loss.backward()
+    places = model.backbone.graphs.places
+    assert places
+    for p in model.parameters():
+        assert p.grad is not None
+        assert places[p].data_ptr() == p.grad.data_ptr()
+    monkeypatch.setattr(DDPStrategy, "teardown", lambda self: None)  # of a trainer, which is not here
+    strategy.teardown()
+    assert not places
+
+
+@pytest.mark.parametrize("options", [{"gradient_as_bucket_view": False}, {"ddp_comm_hook": allreduce_hook}], ids=str)
+def test_other_sums_are_as_they_were(alone: None, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    model, ddp = wrapped(Replicated(**options), monkeypatch)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    ddp(tokens, tokens).loss.backward()
+    assert not model.backbone.graphs.places
+
+
+def test_the_mean_is_over_all_processes() -> None:
+    def run(group: Any) -> Tensor:
+        buffer = torch.tensor([1.0, 3.0]) * (group.rank() + 1)
+        bucket: Any = SimpleNamespace(parameters=list, gradients=list, buffer=lambda: buffer)
+        return replicated._Mean(group, False).begin(bucket).wait()
+
+    for size in (2, 3):
+        ranks = contexts(size)
+        for mean in on_ranks(size, lambda rank, ranks=ranks: run(ranks[rank].group)):
+            torch.testing.assert_close(mean, torch.tensor([1.0, 3.0]) * (size + 1) / 2)
