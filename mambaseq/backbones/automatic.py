@@ -16,7 +16,7 @@ from mambaseq.ops.gpu import capture
 EAGER_CALLS = 4  # calls with a shape before its capture; doubled each time that another shape replaces it
 MOST_POSITIONS = 32_768  # of a batch: in longer ones, kernels take longer than their launches
 # of a chunk's input: at 2^24.6, the share of one of two H200s of a chunk of a 130M Mamba, a step took as long by graphs
-# (2.25 s at 2^20 positions; 2.26 without), and a tenth more memory, for graphs keep theirs while others are run
+# (2.25 s at 2^20 positions; 2.26 without), in more memory (20.4 GiB; 18.5), for graphs keep theirs while others are run
 MOST_NUMBERS_OF_CHUNKS = 2**24
 _KNOWN = ("mambaseq", "torch")  # packages whose modules do nothing on the host that a replay would skip
 

