@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel_layers import alone, apart, both_ways, groups_of, layers_of, steps_of
+from parallel_layers import alone, apart, both_ways, groups_of, layers_of, steps_in_chunks, steps_of
 from parallel_measures import Measure, ThroughCpu, check
 from parallel_report import keep, picture, rows_of, tables
 from parallel_training import WAYS, fitted, trained
@@ -104,8 +104,8 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
     # groups have communicators of their own, which ranks that are all on one GPU cannot have
     grouped = measure.context.size > 2 and measure.context.size % 2 == 0 and type(measure.context) is Context
     found: dict[str, tuple[bool, Callable[[], Any]]] = {
-        "step": (several, lambda: steps_of(measure, length, size, None, repeats=3)),
-        "chunks": (several, lambda: steps_of(measure, long, size, chunk_length, repeats=1)),
+        "step": (several, lambda: steps_of(measure, length, size)),
+        "chunks": (several, lambda: steps_in_chunks(measure, long, size, chunk_length)),
         "apart": (
             several,
             lambda: [apart(measure, long // 2, size, chunk_length, by_graphs) for by_graphs in (True, False)],
@@ -115,7 +115,7 @@ def measured(measure: Measure, parts: Collection[str]) -> None:
         "fsdp2": (True, lambda: [trained(measure, n, "fsdp2", *models[n]) for n in ("1.4 B", "130 M") if n in models]),
         "large": (several and "9 B" in models, lambda: trained(measure, "9 B", "fsdp2", *models["9 B"])),
         "ddp": (True, lambda: trained(measure, "130 M", "ddp", *models["130 M"])),
-        "longest": (several, lambda: steps_of(measure, longest, size, chunk_length, repeats=0)),
+        "longest": (several, lambda: steps_in_chunks(measure, longest, size, chunk_length, with_eager=False)),
         "ways": (several, lambda: both_ways(measure)),
         "alone": (not several, lambda: alone(measure, length, size, (2, 4, 8))),
     }

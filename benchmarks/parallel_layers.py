@@ -122,14 +122,9 @@ def layers_of(measure: Measure, length: int, width: int, layers: int) -> None:
     measure.keep(row)
 
 
-def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: int | None, repeats: int) -> None:
-    """A whole step, as `step_of`; the losses of one and of all are kept beside it. All ranks together have
-    chunk_length positions at a time, as one GPU does; then chunks are replayed from CUDA graphs where that is of use,
-    `replays` of them in a step, and `eager` are those of several GPUs that are not."""
+def steps_of(measure: Measure, length: int, size: dict[str, int]) -> None:
+    """A whole step, as `step_of`; the losses of one and of all are kept beside it."""
     device, context = measure.device, measure.context
-    if chunk_length is not None:
-        steps_in_chunks(measure, length, size, chunk_length, repeats)
-        return
     model = model_of(device, size)
     tokens, labels = data(length, size["vocab_size"], device)
     part = context.split(length, 1)
@@ -147,14 +142,18 @@ def steps_of(measure: Measure, length: int, size: dict[str, int], chunk_length: 
         length,
         noted("one", step_of(model, tokens, labels, None)),
         {form: noted(form, step_of(model, tokens, labels, part)) for form in FORMS},
-        repeats,
         also=losses,
     )
 
 
-def steps_in_chunks(measure: Measure, length: int, size: dict[str, int], chunk_length: int, repeats: int) -> None:
-    """See `steps_of`. repeats: with 0 the first step counts, whose memory comes from the driver, and `eager` is left
-    out."""
+def steps_in_chunks(
+    measure: Measure, length: int, size: dict[str, int], chunk_length: int, with_eager: bool = True
+) -> None:
+    """As `steps_of`, in chunks: all ranks together have chunk_length positions at a time, as one GPU does. Chunks are
+    replayed from CUDA graphs where that is of use, `replays` of them in a step; `eager` are those of several GPUs that
+    are not. Of each one step is measured, after one like it, which takes its memory from the driver.
+
+    with_eager: measure `eager`, too."""
     device, context = measure.device, measure.context
     model = model_of(device, size, chunk_length=chunk_length, cuda_graph="auto")
     tokens, labels = data(length, size["vocab_size"], device)
@@ -185,23 +184,21 @@ def steps_in_chunks(measure: Measure, length: int, size: dict[str, int], chunk_l
     shorter, part = context.split(few, 1, chunk_length=share), context.split(length, 1, chunk_length=share)
     before = {"one": prepared("one", 1, None), "eager": prepared("eager", 1, shorter)}
     before["relayed"] = prepared("relayed", 1 + EAGER_CALLS // 2, shorter)
-    split = {"eager": noted("eager", part), "relayed": noted("relayed", part)}
-    if not repeats:
-        del split["eager"]
+    split = {key: noted(key, part) for key in (("eager", "relayed") if with_eager else ("relayed",))}
     name = f"step, chunk_length {chunk_length}"
-    one = noted("one", None)
-    measure.compare(name, length, one, split, max(1, repeats), warm_up=min(1, repeats), also=found, before=before)
+    measure.compare(name, length, noted("one", None), split, repeats=1, also=found, before=before)
 
 
 def groups_of(measure: Measure, lengths: Sequence[int], size: dict[str, int], chunk_length: int, shared: int) -> None:
     """Whole steps in chunks where each `shared` ranks have a sequence of their own: data parallel and context parallel.
-    All groups have the same one, so that the loss is that of one GPU, which each rank finds by itself."""
+    All groups have the same one, so that the loss is that of one GPU, which each rank finds by itself. Measured are
+    second steps, as by `steps_in_chunks`."""
     device, everyone = measure.device, measure.context
     groups = everyone.size // shared
     mesh = init_device_mesh(device.type, (groups, shared), mesh_dim_names=("data", "context"))
     context = Context(mesh["context"])
     model = model_of(device, size, chunk_length=chunk_length)
-    for length in (2 * chunk_length, *lengths):  # kernels are compiled by the first
+    for length in lengths:
         tokens, labels = data(length, size["vocab_size"], device)
         part, losses = context.split(length, 1, chunk_length=chunk_length // shared), dict[str, float]()
         steps = {"one": step_of(model, tokens, labels, None), "relayed": step_of(model, tokens, labels, part, everyone)}
@@ -210,12 +207,8 @@ def groups_of(measure: Measure, lengths: Sequence[int], size: dict[str, int], ch
             losses[f"{key}_loss"] = float(steps[key]())
 
         one, split = functools.partial(noted, "one"), functools.partial(noted, "relayed")
-        if length == 2 * chunk_length:
-            one()
-            split()
-            continue
         name = f"step, ddp x context parallel {shared}, chunk_length {chunk_length}"
-        measure.compare(name, length, one, {"relayed": split}, repeats=1, warm_up=0, sequences=groups, also=losses)
+        measure.compare(name, length, one, {"relayed": split}, repeats=1, sequences=groups, also=losses)
 
 
 def apart(measure: Measure, length: int, size: dict[str, int], chunk_length: int, by_graphs: bool) -> None:

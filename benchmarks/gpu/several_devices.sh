@@ -1,12 +1,12 @@
 #!/bin/bash
 # Several GPUs within a given time, what tells most first: from the root of the repository, OUT being a folder for figures,
 #   bash benchmarks/gpu/several_devices.sh 1 [seconds]     what one GPU does alone, 190 s
-#   bash benchmarks/gpu/several_devices.sh 2 [seconds]     two GPUs, 230 s
-#   bash benchmarks/gpu/several_devices.sh chunks [seconds]     two GPUs, sequences in chunks alone, 125 s
+#   bash benchmarks/gpu/several_devices.sh 2 [seconds]     two GPUs, 260 s
+#   bash benchmarks/gpu/several_devices.sh chunks [seconds]     two GPUs, sequences in chunks alone, 155 s
 #   bash benchmarks/gpu/several_devices.sh 4 [seconds]     four, or any even number above two, beside one and two of them, 590 s
 # $OUT/several_devices.json is written row by row, and yeasts.json and several_devices.log beside it. YEASTS: yeasts.fa.xz, or
 # nothing for no yeasts; YSTEPS: their steps. TIMES: all limits so many times over. GPU: which one is alone.
-phase=$1; total=${2:-$(case $1 in 1) echo 190 ;; chunks) echo 125 ;; 2) echo 230 ;; *) echo 590 ;; esac)}; total=$((total * ${TIMES:-1}))
+phase=$1; total=${2:-$(case $1 in 1) echo 190 ;; chunks) echo 155 ;; 2) echo 260 ;; *) echo 590 ;; esac)}; total=$((total * ${TIMES:-1}))
 OUT=$(realpath "$OUT"); T0=$SECONDS; J=$OUT/several_devices.json; L=$OUT/several_devices.log; TMP=${TMPDIR:-/tmp}/several_devices; mkdir -p $TMP
 YEASTS=${YEASTS:-yeasts.fa.xz}; YSTEPS=${YSTEPS:-15}
 export PYTHONPATH=$PWD:$PWD/domains:${PYTHONPATH:-}
@@ -71,12 +71,12 @@ if [ "$phase" = 1 ]; then
   part "yeasts, one GPU" 35 60 yeast one
   part "numbers, two ranks on one GPU" 20 60 ranks 2 --one-gpu --only
 elif [ "$phase" = chunks ]; then
-  part "chunks of 2^20 and 2^22" 40 120 ranks 2 --only chunks apart longest
+  part "chunks of 2^20 and 2^22" 40 150 ranks 2 --only chunks apart longest
 elif [ "$phase" -gt 2 ]; then
   # rows of one and two GPUs that were measured before stay
   [ -f $J ] || [ ! -f benchmarks/several_devices.json ] || cp benchmarks/several_devices.json $J
   part "numbers, step, chunks on $phase" 40 130 ranks $phase --only step chunks
-  part "2^20 and 2^22 in pairs, 2^22" 40 120 ranks $phase --unchecked --only grouped longest
+  part "2^20 and 2^22 in pairs, 2^22" 40 150 ranks $phase --unchecked --only grouped longest
   part "fit, ddp on $phase" 45 110 fit $phase ddp
   part "130 M, 1.4 B, 9 B on $phase" 30 100 ranks $phase --unchecked --only fsdp2 ddp large
   part "fit, ddp on 1" 45 110 fit 1 ddp
