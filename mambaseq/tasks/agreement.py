@@ -5,6 +5,8 @@ from __future__ import annotations
 import lightning
 import torch
 
+from mambaseq.tasks.later import Later
+
 
 class Agreement:
     """Whether any process of a trainer says yes; all ask after each batch.
@@ -35,16 +37,12 @@ class _Answer:
     def __init__(self, yes: bool, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._said = torch.full((), int(yes), dtype=torch.int32, device=device)  # does not wait, unlike a copy
         work = torch.distributed.all_reduce(self._said, op=torch.distributed.ReduceOp.MAX, async_op=True)
-        self._answer = torch.empty((), dtype=torch.int32, pin_memory=True)
-        self._there = torch.cuda.Event()
         with torch.cuda.stream(stream):
             work.wait()
-            self._answer.copy_(self._said, non_blocking=True)
-            self._there.record()
+            self._answer = Later(self._said)
 
     def wait(self) -> bool:
-        self._there.synchronize()
-        return bool(self._answer)
+        return bool(self._answer.read())
 
 
 def leave_signals_to_us(trainer: lightning.Trainer) -> None:

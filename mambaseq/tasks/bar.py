@@ -12,17 +12,21 @@ import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from mambaseq.tasks.later import Later
+
 
 class Bar(TQDMProgressBar):
     """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's, also of one that stops
     early; it says that the first step, or an evaluation's first batch, compiles kernels, whose time is no part of its
-    speed. Where standard error is no terminal, a line now and then is enough."""
+    speed. Where standard error is no terminal, a line now and then is enough. A GPU is not waited for: the loss of its
+    training is that of when the bar was drawn before."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
         self._every = 0.2 if sys.stderr.isatty() else 30.0
         self._drawn = -1e9
         self._first = True
+        self._loss: Later | None = None
 
     def _bar(self, description: str, row: int = 0, leave: bool = True) -> Tqdm:
         return Tqdm(
@@ -62,6 +66,13 @@ class Bar(TQDMProgressBar):
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)  # the number of the log file
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            now = Later(loss)
+            told = self._loss if loss.is_cuda else now
+            self._loss = now
+            if told is not None:
+                metrics["train/loss"] = told.read()
         return metrics
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:

@@ -30,8 +30,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def largest(tensors: Iterable[Tensor]) -> Tensor | None:
     """The largest absolute value (NaN if there is a NaN), on the tensors' device; None without tensors."""
-    found = [torch.linalg.vector_norm(tensor.detach(), torch.inf).float() for tensor in tensors if tensor.numel()]
-    return torch.stack(found).max() if found else None
+    found = [tensor.detach() for tensor in tensors if tensor.numel()]
+    return torch.nn.utils.get_total_norm(found, torch.inf).float() if found else None
 
 
 def first_wrong(model: nn.Module) -> str:

@@ -206,6 +206,10 @@ class Task(lightning.LightningModule):
             if next_token:
                 probe_future(self.model, batch)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Without waiting for a GPU, as Lightning does for all but plain tensors."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if not self._fits:
             self._check_fit(batch)
@@ -218,7 +222,8 @@ class Task(lightning.LightningModule):
         output, _ = self._run_shared(batch)
         assert output.loss is not None
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
-        self.log("train/loss", output.loss, prog_bar=True, batch_size=batch.inputs.shape[0])
+        # not by `prog_bar`, for which Lightning waits for a GPU after every batch; see `Bar`
+        self.log("train/loss", output.loss, batch_size=batch.inputs.shape[0])
         return self._weighted(output.loss, batch)
 
     def _run_shared(self, batch: Batch, return_logits: bool | None = None) -> tuple[ModelOutput, Batch]:

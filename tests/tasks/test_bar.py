@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from mambaseq.cli.main import main
+from mambaseq.tasks import bar as bars
 from mambaseq.tasks.bar import Bar
 
 CONFIG = """
@@ -32,6 +33,7 @@ def test_the_bar_is_on_standard_error_and_ends_at_the_end(tmp_path: Path, capsys
     assert "3/3" in told.err.replace("\r", "\n").splitlines()[-2] + told.err.splitlines()[-1]
     assert not re.search(r"v_num|\d/\d|it/s", told.out)
     assert "v_num" not in told.err
+    assert re.search(r"train/loss=\d", told.err)
     assert main(["fit", "--resume", str(out), "--trainer.max_steps", "5"]) == 0
     told = capsys.readouterr()
     assert f"{out}: goes on from step 3\n" in told.err
@@ -70,6 +72,31 @@ def test_compiling_is_no_part_of_the_speed_and_the_bar_ends_with_the_run() -> No
     other.train_progress_bar = Tqdm(total=8, disable=True)
     other.on_train_batch_end(trainer, None, None, None, 0)
     other.on_train_end(trainer, None)
+
+
+def test_the_loss_of_a_gpu_is_that_of_when_the_bar_was_drawn_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Of:
+        def __init__(self, number: Any) -> None:
+            self.number = number
+
+        def read(self) -> float:
+            read.append(self.number.step)
+            return 0.5 * self.number.step
+
+    monkeypatch.setattr(bars, "Later", Of)
+    trainer: Any = SimpleNamespace(progress_bar_metrics={}, loggers=[], callback_metrics={})
+    for is_cuda, told in ((True, [None, 0.5, 1.0]), (False, [0.5, 1.0, 1.5])):
+        bar = Bar()
+        assert bar.get_metrics(trainer, None) == {}  # type: ignore[arg-type]
+        found = []
+        for step in (1, 2, 3):
+            trainer.callback_metrics["train/loss"] = SimpleNamespace(is_cuda=is_cuda, step=step)
+            found.append(bar.get_metrics(trainer, None).get("train/loss"))  # type: ignore[arg-type]
+        assert found == told
+        trainer.callback_metrics.clear()
+    assert read == [1, 2, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("command", "option"), [("fit", "--config"), ("test", "--checkpoint")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_combinations import PARTS, build, sequences_of
 from mambaseq.checkpoints import load_model
 from mambaseq.data.module import pad_collate
 from mambaseq.errors import ConfigError
+from mambaseq.tasks.finite import FiniteGuard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,6 +44,28 @@ def test_trains_as_on_a_cpu_and_again_bit_for_bit(tmp_path: Path, way: str) -> N
     here = fit(path, tmp_path / "cpu", *COMMON, *WAYS[way])
     for name, tensor in here.items():
         torch.testing.assert_close(there[name].cpu(), tensor, rtol=2e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_host_goes_on_while_a_step_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step waits for the GPU but those that are logged: otherwise it would wait for the host at the next one."""
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    begin, strict = FiniteGuard.on_train_batch_start, []
+
+    def watched(self: FiniteGuard, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        begin(self, trainer, module, batch, batch_idx)
+        step = trainer.global_step
+        torch.cuda.set_sync_debug_mode("error" if 3 <= step < 6 else "default")
+        strict.append(3 <= step < 6)
+
+    monkeypatch.setattr(FiniteGuard, "on_train_batch_start", watched)
+    on_gpu = ("--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.log_every_n_steps=100")
+    undisturbed = ("--data.size=400", "--checkpoint.every_n_steps=100", "--trainer.max_steps=8")
+    try:
+        fit(path, tmp_path / "one", *on_gpu, *undisturbed, "--model.backbone.dropout=0")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert strict == [False, False, False, True, True, True, False, False]
 
 
 def test_adapters_are_trained_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
