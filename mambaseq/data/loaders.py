@@ -10,6 +10,7 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from mambaseq.batch import Batch
 from mambaseq.data.module import SequenceData, named_sets, pack_collate
 from mambaseq.data.sampler import PositionedBatchSampler
 from mambaseq.errors import ConfigError, DataError, shown
@@ -62,6 +63,10 @@ class SequenceDataModule(lightning.LightningDataModule):
         if not isinstance(done, int) or done < 0:
             raise ValueError(f"batches_done is {shown(done)}")
         self.batches_done = done
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """A GPU is not waited for: Lightning does so for all but plain tensors."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.data.train()

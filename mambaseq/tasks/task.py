@@ -206,10 +206,6 @@ class Task(lightning.LightningModule):
             if next_token:
                 probe_future(self.model, batch)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Without waiting for a GPU, as Lightning does for all but plain tensors."""
-        return batch.to(device, non_blocking=device.type == "cuda")
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if not self._fits:
             self._check_fit(batch)
