@@ -227,6 +227,13 @@ def check_positive(owner: str, **values: float) -> None:
             raise ConfigError(f"{owner}: {key} must be positive and finite, not {value}.")
 
 
+def check_sizes(owner: str, **sizes: int | None) -> None:
+    """Raise ConfigError unless all sizes that are given are at least 1. owner: what has them, for the message."""
+    for key, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{owner}: {key} must be positive, not {size}.")
+
+
 def check_not_negative(owner: str, **values: float) -> None:
     """Raise ConfigError unless all values are finite numbers of at least 0. owner: what has them, for the message."""
     for key, value in values.items():

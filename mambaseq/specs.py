@@ -210,18 +210,18 @@ def _largest(value: Any) -> float:
     return max((float(one) for one in values if isinstance(one, int)), default=0.0)
 
 
-def check_size(parameters: int, needed: int, largest: str) -> None:
+def check_size(parameters: int, needed: int, largest: str, what: str = "The model") -> None:
     """Raise UserError for more parameters than `limits.PARAMETERS`, or more bytes than this machine's memory.
 
-    largest: the setting that causes most of them, for the message.
+    largest: the setting that causes most of them, for the message. what: has them.
     """
-    PARAMETERS.check(parameters, f"The model ({largest}; d_model, and the options of its parts)")
+    PARAMETERS.check(parameters, f"{what} ({largest}; d_model, and the options of its parts)")
     try:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on every system
         return
     if needed > there:
         raise ConfigError(
-            f"The model's weights need {needed / 2**30:,.0f} GiB, but this machine has {there / 2**30:,.0f} GiB of "
+            f"{what}'s weights need {needed / 2**30:,.0f} GiB, but this machine has {there / 2**30:,.0f} GiB of "
             f"memory. Make {largest} smaller (or d_model, n_layers, the vocabulary), or use a larger machine."
         )

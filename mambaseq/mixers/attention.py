@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive
+from mambaseq.errors import ConfigError, check_positive, check_sizes
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.mixers.norm import RMSNorm
@@ -97,10 +97,8 @@ class Attention(Mixer):
         rope_dims: int | None = None,
     ) -> None:
         super().__init__()
-        given = {"d_model": d_model, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
-        for name, value in {**given, "window": window, "rope_dims": rope_dims}.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"attention: {name} must be positive, not {value}.")
+        check_sizes("attention", d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim)
+        check_sizes("attention", window=window, rope_dims=rope_dims)
         check_positive("attention", rope_theta=rope_theta)
         self.d_model = d_model
         self.n_heads, self.head_dim = _heads(d_model, n_heads, head_dim)

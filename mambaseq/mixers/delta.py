@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative
+from mambaseq.errors import ConfigError, check_not_negative, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.ops import causal_conv, delta_rule, gated_rms_norm, sequences
@@ -74,14 +74,11 @@ class DeltaMixer(Mixer):
         backend: str | None,
     ) -> None:
         super().__init__()
-        if d_model < 1:
-            raise ConfigError(f"{name}: d_model must be positive, not {d_model}.")
+        check_sizes(name, d_model=d_model)
         n_heads, head_dim = _heads(keys, n_heads, head_dim)
         n_value_heads = n_heads if n_value_heads is None else n_value_heads
-        sizes = {"n_heads": n_heads, "head_dim": head_dim, "n_value_heads": n_value_heads, "d_conv": d_conv}
-        for key, size in {**sizes, "chunk_size": chunk_size}.items():
-            if size < 1:
-                raise ConfigError(f"{name}: {key} must be positive, not {size}.")
+        check_sizes(name, n_heads=n_heads, head_dim=head_dim, n_value_heads=n_value_heads, d_conv=d_conv)
+        check_sizes(name, chunk_size=chunk_size)
         if n_value_heads % n_heads:
             raise ConfigError(
                 f"{name}: n_value_heads {n_value_heads} is no multiple of n_heads {n_heads}, and each head of keys "

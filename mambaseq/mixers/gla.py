@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative, check_positive
+from mambaseq.errors import ConfigError, check_not_negative, check_positive, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.delta import HeadNorm
 from mambaseq.ops import sequences
@@ -68,9 +68,7 @@ class GLA(Mixer):
         check_positive("gla", normalizer=normalizer, expand_k=expand_k, expand_v=expand_v)
         check_not_negative("gla", eps=eps)
         check_backend("gla", "delta_rule", backend)
-        for name, size in {"d_model": d_model, "gate_rank": gate_rank, "chunk_size": chunk_size}.items():
-            if size < 1:
-                raise ConfigError(f"gla: {name} must be positive, not {size}.")
+        check_sizes("gla", d_model=d_model, gate_rank=gate_rank, chunk_size=chunk_size)
         keys, values = int(expand_k * d_model), int(expand_v * d_model)
         if n_heads is None:
             n_heads = next((n for n in (4, 2) if keys % n == 0 and values % n == 0), 1)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.s4d import DiagonalSSM
 from mambaseq.ops import causal_conv, lti_scan, sequences
@@ -66,11 +66,7 @@ class H3(Mixer):
         mode: Literal["fft", "scan"] | None = None,
     ) -> None:
         super().__init__()
-        if min(d_model, d_state, head_dim, shift_width) < 1:
-            raise ConfigError(
-                "h3: d_model, d_state, head_dim and shift_width must be positive, "
-                f"not {d_model}, {d_state}, {head_dim}, {shift_width}."
-            )
+        check_sizes("h3", d_model=d_model, d_state=d_state, head_dim=head_dim, shift_width=shift_width)
         if d_model % head_dim:
             raise ConfigError(
                 f"h3: d_model {d_model} is not a multiple of head_dim {head_dim}; choose one that divides."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive, shown
+from mambaseq.errors import ConfigError, check_positive, check_sizes, shown
 from mambaseq.mixers.base import Mixer, check_state
 from mambaseq.mixers.growing import GrowingState, Places, gathered, longest_new, written
 from mambaseq.ops import causal_conv, sequences
@@ -177,13 +177,10 @@ class Hyena(Mixer):
         positions: Positions = "fixed",
     ) -> None:
         super().__init__()
-        if min(d_model, short_conv, filter_order) < 1:
-            raise ConfigError(
-                "hyena: d_model, short_conv and filter_order must be positive, "
-                f"not {d_model}, {short_conv}, {filter_order}."
-            )
-        if order < 2 or l_max < 2:
-            raise ConfigError(f"hyena: order and l_max must be at least 2, not {order} and {l_max}.")
+        check_sizes("hyena", d_model=d_model, short_conv=short_conv, filter_order=filter_order)
+        for name, value in {"order": order, "l_max": l_max}.items():
+            if value < 2:
+                raise ConfigError(f"hyena: {name} must be at least 2, not {value}.")
         if emb_dim < 3 or emb_dim % 2 == 0:
             raise ConfigError(f"hyena: emb_dim must be odd and at least 3 (the lag, cosines and sines), not {emb_dim}.")
         check_positive("hyena", sine_frequency=sine_frequency, fast_decay=fast_decay, slow_decay=slow_decay)

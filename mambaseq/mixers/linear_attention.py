@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive
+from mambaseq.errors import ConfigError, check_positive, check_sizes
 from mambaseq.mixers.attention import turned, turns
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.growing import Places
@@ -194,10 +194,7 @@ class LinearAttention(Mixer):
 
 def check_heads(mixer: str, d_model: int, n_heads: int, chunk_size: int) -> None:
     """Raise ConfigError unless the heads divide the width and all are positive."""
-    if min(d_model, n_heads, chunk_size) < 1:
-        raise ConfigError(
-            f"{mixer}: d_model, n_heads and chunk_size must be positive, not {d_model}, {n_heads}, {chunk_size}."
-        )
+    check_sizes(mixer, d_model=d_model, n_heads=n_heads, chunk_size=chunk_size)
     if d_model % n_heads:
         near = [n for n in range(1, d_model + 1) if d_model % n == 0]
         raise ConfigError(

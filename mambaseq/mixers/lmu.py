@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_positive, shown
+from mambaseq.errors import ConfigError, check_positive, check_sizes, shown
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.mixers.hippo import constant, keep_constant, transition
-from mambaseq.mixers.lti_layer import check_sizes
 from mambaseq.ops import sequences, state_space_scan
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_sizes
 from mambaseq.mixers.hippo import Measure, constant, keep_constant, transition
 from mambaseq.mixers.initialisation import log_uniform_dt
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes
+from mambaseq.mixers.lti_layer import LTILayer
 from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 

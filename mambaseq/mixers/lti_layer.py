@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.ops import sequences
 
@@ -74,10 +73,3 @@ class LTILayer(Mixer):
         """See `Mixer.step_`."""
         self._check(state, x)
         return self._output(self.ssm.step_(x[:, 0], state.ssm)).unsqueeze(1)  # (batch, 1, d_model)
-
-
-def check_sizes(name: str, **sizes: int) -> None:
-    """Raise ConfigError unless all are positive."""
-    for key, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name}: {key} must be positive, not {value}.")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative
+from mambaseq.errors import ConfigError, check_not_negative, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import AInit, constant_B, constant_C, initial_A_parts, initial_dt_bias
 from mambaseq.mixers.norm import RMSNorm
@@ -118,11 +118,7 @@ class Mamba(Mixer):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if min(d_model, d_state, d_conv, expand) < 1:
-            raise ConfigError(
-                "mamba: d_model, d_state, d_conv and expand must be positive, "
-                f"not {d_model}, {d_state}, {d_conv}, {expand}."
-            )
+        check_sizes("mamba", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
         if dt_rank != "auto" and dt_rank < 1:
             raise ConfigError(f'mamba: dt_rank must be positive or "auto", not {dt_rank}.')
         check_backend("mamba", "selective_scan", backend)

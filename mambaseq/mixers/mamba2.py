@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative, shown
+from mambaseq.errors import ConfigError, check_not_negative, check_sizes, shown
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.mixers.norm import RMSNorm
@@ -105,17 +105,8 @@ class Mamba2(Mixer):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "d_model": d_model,
-            "d_state": d_state,
-            "d_conv": d_conv,
-            "expand": expand,
-            "n_groups": n_groups,
-            "chunk_size": chunk_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigError(f"mamba2: {name} must be positive, not {size}.")
+        check_sizes("mamba2", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+        check_sizes("mamba2", n_groups=n_groups, chunk_size=chunk_size)
         check_not_negative("mamba2", eps=eps)
         d_inner = expand * d_model
         if head_dim is None:

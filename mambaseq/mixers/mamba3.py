@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, check_not_negative, check_positive
+from mambaseq.errors import ConfigError, check_not_negative, check_positive, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
 from mambaseq.mixers.mamba2 import GatedRMSNorm
@@ -103,10 +103,8 @@ class Mamba3(Mixer):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"d_model": d_model, "d_state": d_state, "expand": expand, "n_groups": n_groups}
-        for name, size in {**sizes, "rank": 1 if rank is None else rank, "chunk_size": chunk_size}.items():
-            if size < 1:
-                raise ConfigError(f"mamba3: {name} must be positive, not {size}.")
+        check_sizes("mamba3", d_model=d_model, d_state=d_state, expand=expand, n_groups=n_groups)
+        check_sizes("mamba3", rank=rank, chunk_size=chunk_size)
         check_not_negative("mamba3", eps=eps)
         check_positive("mamba3", A_floor=A_floor)
         check_backend("mamba3", "trapezoidal_scan", backend)

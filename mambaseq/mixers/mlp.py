@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, check_sizes, shown
 from mambaseq.mixers.base import Mixer, State, check_state
 from mambaseq.ops.linear import apply_linear
 
@@ -47,13 +47,10 @@ class MLP(Mixer):
         super().__init__()
         if activation not in ("swiglu", "gelu", "gelu_tanh"):
             raise ConfigError(f"mlp: activation must be swiglu, gelu or gelu_tanh, not {shown(activation)}.")
-        if d_model < 1 or (hidden is not None and hidden < 1):
-            raise ConfigError(f"mlp: d_model and hidden must be positive, not {d_model} and {hidden}.")
+        check_sizes("mlp", d_model=d_model, hidden=hidden, expand=expand)
         if expand is not None:
-            if hidden is not None or expand < 1:
-                raise ConfigError(
-                    f"mlp: expand is at least 1 and takes the place of hidden; they are {expand} and {hidden}."
-                )
+            if hidden is not None:
+                raise ConfigError(f"mlp: expand {expand} takes the place of hidden {hidden}. Leave one of them out.")
             hidden = expand * d_model
         self.d_model = d_model
         self.activation: Literal["swiglu", "gelu", "gelu_tanh"] = activation

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, check_sizes, shown
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes
+from mambaseq.mixers.lti_layer import LTILayer
 from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.lti.fft import convolution

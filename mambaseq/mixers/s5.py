@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, check_sizes
 from mambaseq.mixers.hippo import legs_normal
 from mambaseq.mixers.initialisation import log_uniform_dt
-from mambaseq.mixers.lti_layer import LTILayer, check_sizes
+from mambaseq.mixers.lti_layer import LTILayer
 from mambaseq.ops import state_space_scan
 from mambaseq.ops.dtypes import without_autocast, working_dtype
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +18,15 @@ from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.models.model import SequenceModel
-from mambaseq.specs import check_layers, check_options, check_size, check_spec, largest_setting, registered
+from mambaseq.specs import (
+    arguments_of,
+    check_layers,
+    check_options,
+    check_size,
+    check_spec,
+    largest_setting,
+    registered,
+)
 
 
 def causal_lm(
@@ -82,7 +92,7 @@ def build_model(spec: dict[str, Any]) -> SequenceModel:
     check_spec(spec)
     _check_mixers(spec)
     if torch.get_default_device().type != "meta":  # where tensors take no memory
-        check_size(*_sized(spec), _largest(spec))
+        check_size(*_sized(spec, lambda made: [_build(spec, made)]), _largest(spec))
     model = _build(spec)
     model.spec = spec
     return model
@@ -114,6 +124,22 @@ def build_empty(spec: dict[str, Any]) -> SequenceModel:
     return build_model(spec)
 
 
+def check_parts(spec: dict[str, Any], but: Container[str]) -> None:
+    """Raise what `build_model` would raise for the parts of a description alone. They are made on the meta device, as
+    `build_model` does first: it takes no memory, and no random numbers.
+
+    but: those of encoder, backbone and head that still lack something, such as what the data give.
+    """
+    check_spec(spec)
+    _check_mixers(spec)
+
+    def make(made: _Made) -> list[nn.Module]:
+        parts = [] if "backbone" in but else [_backbone(spec, made)]
+        return [*parts, *(_part(spec, kind) for kind in ("encoder", "head") if kind not in but)]
+
+    check_size(*_sized(spec, make), _largest(spec), "The model without what the data give")
+
+
 def count_parameters(spec: dict[str, Any]) -> int:
     """The number of parameters of a description's model, without making it; a tied weight counts once.
 
@@ -121,15 +147,20 @@ def count_parameters(spec: dict[str, Any]) -> int:
     """
     check_spec(spec)
     _check_mixers(spec)
-    return _sized(spec)[0]
+    return _sized(spec, lambda made: [_build(spec, made)])[0]
 
 
-def _sized(spec: dict[str, Any]) -> tuple[int, int]:
-    """The parameters of a description's model, and the bytes of all its tensors. Equal mixers are made once."""
-    made: dict[tuple[str, int], list[Mixer]] = {}
+_Made = dict[tuple[str, int], list[Mixer]]
+"""Mixers by name and width: one that is there is used again."""
+
+
+def _sized(spec: dict[str, Any], make: Callable[[_Made], list[nn.Module]]) -> tuple[int, int]:
+    """The parameters of what `make` makes of a description, and the bytes of all its tensors. Equal mixers are made
+    once."""
+    made: _Made = {}
     try:
         with torch.device("meta"):
-            parts = [_build(spec, made), *(mixer for alike in made.values() for mixer in alike[1:])]
+            parts = [*make(made), *(mixer for alike in made.values() for mixer in alike[1:])]
     except ConfigError as error:
         if isinstance(error.__cause__, RuntimeError | OverflowError | TypeError) and "overflow" in str(error).lower():
             raise ConfigError(
@@ -149,8 +180,21 @@ def _largest(spec: dict[str, Any]) -> str:
     return largest_setting(spec, lambda kind, name: catalog()[f"{kind}s"].get(name))
 
 
-def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None = None) -> SequenceModel:
-    """made: mixers by name and width; one that exists is used again."""
+def _build(spec: dict[str, Any], made: _Made | None = None) -> SequenceModel:
+    """made: see `_Made`; None where each mixer is one of its own."""
+    backbone = _backbone(spec, made)
+    return SequenceModel(
+        _part(spec, "encoder"), backbone, _part(spec, "head"), tie_embeddings=spec.get("tie_embeddings", False)
+    )
+
+
+def _part(spec: dict[str, Any], kind: str) -> Any:
+    """The encoder or the head."""
+    return _make(kind, f"model.{kind}", spec[kind], spec["d_model"])
+
+
+def _backbone(spec: dict[str, Any], made: _Made | None) -> Any:
+    """made: as for `_build`."""
     own: str = spec["mixer"]["name"]
     count = 0
 
@@ -160,28 +204,49 @@ def _build(spec: dict[str, Any], made: dict[tuple[str, int], list[Mixer]] | None
         check_layers(count)
         name = own if name is None else name
         options = spec["mixer"] if name == own else (spec.get("mixers") or {}).get(name, {})
+        key = "model.mixer" if name == own else f"model.mixers.{name}"
         alike = [] if made is None else made.setdefault((name, d_model), [])
-        alike.append(alike[0] if alike else _make("mixer", {"name": name, **options}, d_model))
+        alike.append(alike[0] if alike else _make("mixer", key, {"name": name, **options}, d_model))
         return alike[-1]
 
-    backbone = _make("backbone", spec["backbone"], make_mixer)
-    encoder, head = (_make(kind, spec[kind], spec["d_model"]) for kind in ("encoder", "head"))
-    return SequenceModel(encoder, backbone, head, tie_embeddings=spec.get("tie_embeddings", False))
+    return _make("backbone", "model.backbone", spec["backbone"], make_mixer)
 
 
-def _make(kind: str, settings: dict[str, Any], *args: Any) -> Any:
-    """A part of a model: settings are its name and options."""
+def _make(kind: str, key: str, settings: dict[str, Any], *args: Any) -> Any:
+    """A part of a model: settings are its name and options, which stand under `key` in a configuration."""
     options, name = {key: value for key, value in settings.items() if key != "name"}, settings["name"]
     part = catalog()[f"{kind}s"].get(name, f"model.{kind}.name")
     check_options(kind, name, part, options, len(args))
     try:
         return part(*args, **options)
+    except ConfigError as error:
+        error.args = (_under(key, part, options, str(error)),)
+        raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # including too deep and too large models
         reason = " ".join(str(error).split()).partition(" Exception raised from")[0][:300]
         width = {"d_model": args[0]} if args and isinstance(args[0], int) else {}
         raise ConfigError(
             f"The {kind} {shown(name)} cannot be made from {shown(width | options)}: {reason}."
         ) from error
+
+
+def _under(key: str, part: Any, options: dict[str, Any], message: str) -> str:
+    """A part's message with the whole key of the option that it is about in front: of those that it names, the first
+    whose value is not the default. Without one, the key of the model's width if it names that, or else the part's.
+
+    key: of the part.
+    """
+    if message.startswith("model."):
+        return message
+    places = {name: re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message) for name in ("d_model", *options)}
+    named = sorted((place.start(), name) for name, place in places.items() if place is not None)
+    usual = {name: parameter.default for name, parameter in arguments_of(part).items()}
+    for _, name in named:
+        if name in options and (name not in usual or options[name] != usual[name]):
+            default = usual.get(name, inspect.Parameter.empty)
+            told = "" if default in (None, inspect.Parameter.empty) else f" Its default is {shown(default)}."
+            return f"{key}.{name}: {message}{told}"
+    return f"{'model.d_model' if places['d_model'] else key}: {message}"
 
 
 def _check_mixers(spec: dict[str, Any]) -> None:

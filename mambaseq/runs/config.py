@@ -19,6 +19,7 @@ from mambaseq.errors import ConfigError, UserError, cut_list, did_you_mean, show
 from mambaseq.heads.losses import balanced_weights
 from mambaseq.limits import WORKERS
 from mambaseq.metrics.base import Metric
+from mambaseq.models import check_parts
 from mambaseq.registry import Registry
 from mambaseq.runs.naming import MODEL_PARTS, PROVIDED
 from mambaseq.specs import arguments_of
@@ -178,6 +179,15 @@ class RunConfig:
 
     def make_datamodule(self, data: SequenceData) -> SequenceDataModule:
         return SequenceDataModule(data, seed=self.settings["seed"], **self.settings["loader"])
+
+    def check_model(self) -> None:
+        """Raise UserError for wrong values of the model's parts, before data are read: of backbone and mixers, and of
+        an encoder and a head that need nothing of the data."""
+        needs = (PROVIDED | OFFERED.keys()) - {"d_model", "make_mixer"}
+        lacking = {part for part in MODEL_PARTS if needs & arguments_of(self.classes[part]).keys()}
+        if "mixer" in lacking:
+            lacking.add("backbone")
+        check_parts(self.settings["model"], lacking)
 
     def model_spec(self, data: SequenceData) -> dict[str, Any]:
         """The description for `build_model`, with what the data give filled in. Raises ConfigError when the data lack

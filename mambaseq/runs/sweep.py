@@ -143,6 +143,7 @@ def _check(plan: Plan) -> RunConfig:
             with contextlib.redirect_stderr(io.StringIO()):  # notes that each run will make itself
                 parsed = parse_config(plan.config, _overrides(plan, settings))
             _check_one_device(parsed)
+            parsed.check_model()
         except ConfigError as error:
             where = f"{cut(plan.source, 200)}, of a trial with {cut(told(settings), 200)}"
             raise ConfigError(f"{where}: {error}") from error

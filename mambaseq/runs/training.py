@@ -113,6 +113,7 @@ def fit(
     """
     folder.check_place(begins=not resume)
     settings = parse_config(config, overrides)  # a refused run leaves no folder behind
+    settings.check_model()
     with folder.locked():
         if not resume:
             folder.check_new()

@@ -34,12 +34,15 @@ def test_both_have_about_as_many_weights() -> None:
 def test_bad_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="swiglu, gelu or gelu_tanh, not 'relu'"):
         MLP(8, activation="relu")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="positive, not 8 and 0"):
+    with pytest.raises(ConfigError, match="hidden must be positive, not 0"):
         MLP(8, hidden=0)
 
 
 def test_the_inner_width_may_go_with_the_width() -> None:
     assert [MLP(d_model, activation="gelu", expand=3).hidden for d_model in (8, 16)] == [24, 48]
-    for options in ({"expand": 3, "hidden": 8}, {"expand": 0}):
-        with pytest.raises(ConfigError, match="expand is at least 1 and takes the place of hidden"):
+    for options, told in (
+        ({"expand": 3, "hidden": 8}, "expand 3 takes the place of hidden 8"),
+        ({"expand": 0}, "expand must be positive, not 0"),
+    ):
+        with pytest.raises(ConfigError, match=told):
             MLP(8, **options)

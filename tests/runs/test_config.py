@@ -240,6 +240,7 @@ def test_the_saved_configuration_reads_back_equal(config: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", [entry.name for entry in catalog()["configs"]])
 def test_every_configuration_reads_back_as_it_was_run(name: str, tmp_path: Path) -> None:
     run = parse_config(name, ["--trainer.gradient_clip_val=null", "--trainer.limit_val_batches=3"])
+    run.check_model()
     saved = tmp_path / "saved.yaml"
     saved.write_text(run.yaml)
     again = parse_config(str(saved), [])
