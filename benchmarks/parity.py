@@ -227,10 +227,11 @@ def scattered(module: nn.Module) -> Any:
     return module
 
 
-def with_gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def with_gradients(module: nn.Module, x: Tensor, like: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """like: what cotangents are rounded to, of outputs that are compared in it."""
     leaf = x.detach().requires_grad_()
     y = module(leaf)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.device)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.device, like)
     of = {"x": leaf, **dict(module.named_parameters())}
     gradients = torch.autograd.grad((y * weight.to(x.dtype)).sum(), list(of.values()))
     return {"y": y.detach(), **dict(zip(of, gradients, strict=True))}
@@ -301,8 +302,8 @@ def _mamba3(rank: int | None, device: str) -> Row:
     exact = copy.deepcopy(ours).double()
     x = torch.randn(BATCH, 2 * LENGTH, D_MODEL, device=device)
     with torch.autocast(device, torch.bfloat16):
-        by_them, by_us = (with_gradients(one, x) for one in (peer, ours))
-    expected = with_gradients(exact, x.double())
+        by_them, by_us = (with_gradients(one, x, torch.bfloat16) for one in (peer, ours))
+    expected = with_gradients(exact, x.double(), torch.bfloat16)
     mine = compared(row, by_us, expected, ROUNDED, outputs=1)
     assert mine.output is not None
     assert mine.gradient is not None

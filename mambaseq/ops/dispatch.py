@@ -7,7 +7,7 @@ all of its definition for the arguments that it accepts, and says why it does no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +114,9 @@ def check(op: Op, device: torch.device | str = "cpu") -> dict[str, float | str]:
             if reason is not None:
                 found.setdefault(backend.name, reason)
                 continue
-            if expected is None:
-                expected = outputs_and_gradients(reference, arguments, double=True)
             actual = outputs_and_gradients(backend, arguments)
+            if expected is None:
+                expected = outputs_and_gradients(reference, arguments, double=True, like=[a.dtype for a in actual])
             errors = (relative_rms_error(a, e) for a, e in zip(actual, expected, strict=True))
             worst = max(e if math.isfinite(e) else math.inf for e in errors)  # max() passes over NaN
             before = found.get(backend.name)
@@ -137,10 +137,17 @@ def leaves(arguments: Any, *, double: bool = False) -> Any:
     return type(arguments)(*(leaf(value) for value in arguments))
 
 
-def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = False) -> list[Tensor]:
+def outputs_and_gradients(
+    backend: Backend, arguments: Any, *, double: bool = False, like: Sequence[torch.dtype] = ()
+) -> list[Tensor]:
     """The outputs, and the gradients of every floating-point argument for fixed pseudo-random cotangents.
 
     Where the arguments say that the final state is not wanted, it is left out.
+
+    Args:
+        double: in float64.
+        like: dtypes of the outputs (and of what follows them) with which these are compared. Cotangents are rounded to
+            them first, so that gradients differ by what a backend rounds and not by what it was given.
     """
     inputs = leaves(arguments, double=double)
     outputs: tuple[Tensor, ...] = backend.run(inputs)
@@ -148,11 +155,11 @@ def outputs_and_gradients(backend: Backend, arguments: Any, *, double: bool = Fa
         outputs = outputs[:1]
     generator = torch.Generator().manual_seed(0)
     cotangents = []
-    for output in outputs:
+    for output, dtype in zip(outputs, like or [output.dtype for output in outputs], strict=False):
         shape = (*output.shape, 2) if output.is_complex() else output.shape
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         noise = torch.view_as_complex(noise) if output.is_complex() else noise
-        cotangents.append(noise.to(output.device, output.dtype))
+        cotangents.append(noise.to(output.device, dtype).to(output.dtype))
     wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     gradients = torch.autograd.grad(outputs, wanted, cotangents, materialize_grads=True)
     return [*(output.detach() for output in outputs), *gradients]

@@ -12,14 +12,14 @@ import pytest
 import torch
 from agreement import (
     DEVICES,
+    ROWS,
     TOLERANCE,
     Draw,
     assert_equals_reference,
     calls_of,
     device_or_skip,
+    errors_by_name,
     moved,
-    names_of,
-    poisoned_memory,
 )
 
 from mambaseq.ops import OPS, selective_scan, ssd
@@ -135,22 +135,19 @@ SIZED: dict[str, Callable[[], SsdArguments]] = {
     "32 x 96, packed, reverse": lambda: sized("t", 1, 700, 6, 32, 1, 96, 0, 1, 65, 300, 300, 700)._replace(
         reverse=True
     ),
+    "length 1": lambda: sized("x", ROWS, 1, 4, 64, 2, 128),
     "heads that are cut": lambda: sized("u", 1, 129, 3, 193, 3, 200),
     "one row, many segments": lambda: sized("v", 1, 5000, 2, 64, 1, 64)._replace(D=None, wants_final_state=False),
 }
 
 
 def assert_near(case: Callable[[], SsdArguments], dtype: torch.dtype, device: torch.device) -> None:
-    """The kernels against the chunked form in float64. Gradients of A, D and dt_bias are sums over time and rows,
-    whose terms cancel but not their rounding."""
-    made = moved(halved(case(), dtype), device)
-    expected = outputs_and_gradients(TORCH, made, double=True)
-    with poisoned_memory():
-        actual = outputs_and_gradients(TRITON, made)
-    for label, a, e in zip(names_of(made), actual, expected, strict=True):
-        summed = label in ("gradient of A", "gradient of D", "gradient of dt_bias")
-        error = relative_rms_error(a, e)
-        assert error < (4 if summed else 1) * TOLERANCE[dtype], f"{label}: relative RMS error {error:.1e}"
+    """The kernels against the chunked form in float64. Gradients of A and dt_bias are few numbers, of heads; that of D
+    is made of what was given, nothing of which is rounded."""
+    most = {"gradient of A": 2 * TOLERANCE[dtype], "gradient of dt_bias": 2 * TOLERANCE[dtype]}
+    most["gradient of D"] = TOLERANCE[torch.float32]
+    for label, error in errors_by_name(TRITON, TORCH, moved(halved(case(), dtype), device)).items():
+        assert error < most.get(label, TOLERANCE[dtype]), f"{label}: relative RMS error {error:.1e}"
 
 
 def test_kernels() -> None:
