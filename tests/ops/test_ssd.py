@@ -142,9 +142,10 @@ SIZED: dict[str, Callable[[], SsdArguments]] = {
 
 
 def assert_near(case: Callable[[], SsdArguments], dtype: torch.dtype, device: torch.device) -> None:
-    """The kernels against the chunked form in float64. Gradients of A and dt_bias are few numbers, of heads; that of D
-    is made of what was given, nothing of which is rounded."""
-    most = {"gradient of A": 2 * TOLERANCE[dtype], "gradient of dt_bias": 2 * TOLERANCE[dtype]}
+    """The kernels against the chunked form in float64. Gradients of A and dt_bias are four numbers (see `ROWS`): of 64
+    heads 1.9e-3 off in bfloat16, of four out of them 3e-4 to 1.2e-2. That of D is made of what was given, nothing of
+    which is rounded."""
+    most = {"gradient of A": 4 * TOLERANCE[dtype], "gradient of dt_bias": 4 * TOLERANCE[dtype]}
     most["gradient of D"] = TOLERANCE[torch.float32]
     for label, error in errors_by_name(TRITON, TORCH, moved(halved(case(), dtype), device)).items():
         assert error < most.get(label, TOLERANCE[dtype]), f"{label}: relative RMS error {error:.1e}"
