@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from mambaseq.resources import located
 from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
 
 _MOST = 6  # names in a message
-_COMPARED = 4096  # ids of two tokenizers
 _PADDING = 128  # the most rows that published vocabularies are padded with, to a multiple that suits a GPU
 
 
@@ -93,6 +93,7 @@ def begin_from(
     tokenizer: Tokenizer | None = None,
     *,
     published: bool = False,
+    other_tokenizer: bool = False,
 ) -> Beginning:
     """Copy the weights of another model into an initialised one, by name.
 
@@ -102,15 +103,20 @@ def begin_from(
     does not have stay initialised.
 
     card, tokenizer: of the new model; they are compared with the source's.
+    other_tokenizer: whether ids may mean something else to the source's tokenizer. Then rows are taken of ids that
+        surely mean the same alone, and weights of encoder and head that belong to all ids stay initialised.
     published: the source's vocabulary may be padded with rows without a token, which are left out. So are those of an
         imported model, whose tokenizer makes fewer ids.
-    Raises ConfigError that names the tensors, if the backbone's do not fit those of the same names, or none fits.
+    Raises ConfigError that names the tensors, if the backbone's do not fit those of the same names, or none fits; and
+    one that names both tokenizers, if weights would be taken for ids that mean something else, unless they may.
     """
     own, theirs = weights(model), weights(loaded.model)
     theirs |= {name: theirs[earlier] for name, earlier in further_names(loaded.model).items() if earlier in theirs}
     source = f"the model at {loaded.source.parent}"
     others, notes = _others(model, loaded, card)
     known = loaded.tokenizer.vocab_size if not published and loaded.tokenizer is not None else None
+    ids = _compared(loaded.tokenizer, tokenizer)
+    misused = False  # whether weights would be those of other ids
     found = Beginning([], [], [], [], notes)
     values: dict[str, Tensor] = {}
     wrong: list[str] = []
@@ -119,11 +125,19 @@ def begin_from(
         if given is None or name.startswith(others):
             found.new.append(name)
         elif _is_vocabulary(name, tensor, given, model, loaded.model):
-            if (rows := _rows(tensor, given, loaded.card.task, card.task, published, known)) is None:
+            misused |= bool(ids.other)
+            masked = loaded.card.task == "masked", card.task == "masked"
+            rows = (
+                _sure_rows(tensor, given, masked, ids) if ids.other else _rows(tensor, given, masked, published, known)
+            )
+            if rows is None:
                 found.new.append(name)
                 continue
             values[name], whole = rows
             (found.taken if whole else found.grown).append(name)
+        elif given.shape == tensor.shape and ids.other and _is_of_ids(name, card):
+            misused = True
+            found.new.append(name)
         elif given.shape == tensor.shape:
             found.taken.append(name)
             values[name] = given.to(tensor)
@@ -143,9 +157,14 @@ def begin_from(
             f"{shown(card.spec['mixer']['name'])} in {shown(card.spec['backbone']['name'])}. Give model the settings "
             "that it was trained with, or leave it out."
         )
+    if misused and not other_tokenizer:
+        raise ConfigError(f"finetune.init_from: {source} {_other_tokenizer(loaded, card, tokenizer, ids.other)}")
     used = {*found.taken, *found.grown}
     found.left = [name for name in weights(loaded.model) if name not in used]
-    _note_vocabulary(found, loaded, card, tokenizer, published)
+    _note_vocabulary(found, loaded, card, published)
+    if misused:
+        told = f"{ids.shared - len(ids.unsure):,} of {ids.shared:,} ids surely mean the same"
+        found.notes.append(f"{told}; what belongs to others is initialised")
     _note_channels(found, loaded.card, card)
     _note_options(found, loaded.card.spec, card.spec)
     with torch.no_grad():
@@ -203,14 +222,27 @@ def _is_vocabulary(name: str, ours: Tensor, theirs: Tensor, model: SequenceModel
     )
 
 
+def _sure_rows(
+    ours: Tensor, theirs: Tensor, masked: tuple[bool, bool], ids: _Compared
+) -> tuple[Tensor, Literal[False]] | None:
+    """A vocabulary's rows with those of the source whose ids surely mean the same, and False: not all come from there;
+    None if there is none. masked: see `_rows`."""
+    if not (same := sorted(set(range(ids.shared)).difference(ids.unsure))):
+        return None
+    rows = ours.clone()
+    rows[same] = theirs.to(ours)[same]
+    if all(masked):
+        rows[-1] = theirs[-1].to(ours)
+    return rows, False
+
+
 def _rows(
-    ours: Tensor, theirs: Tensor, former: str | None, now: str | None, published: bool, known: int | None = None
+    ours: Tensor, theirs: Tensor, masked: tuple[bool, bool], published: bool, known: int | None = None
 ) -> tuple[Tensor, bool] | None:
     """A vocabulary's rows with those of the source, and whether all rows come from there; None if the source has ids
-    that the model lacks. former, now: the cards of source and model; vocabularies with masked tokens end with the mask
-    token. known: the number of ids that the source's tokenizer makes.
+    that the model lacks. masked: whether source and model have masked tokens; the mask token is then the last id.
+    known: the number of ids that the source's tokenizer makes.
     """
-    masked = former == "masked", now == "masked"
     before, after = len(theirs) - masked[0], len(ours) - masked[1]
     if known is not None and known <= after < before and before - known < _PADDING:
         before = known
@@ -224,9 +256,7 @@ def _rows(
     return rows, after <= before and (masked[0] or not masked[1])
 
 
-def _note_vocabulary(
-    found: Beginning, loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None, published: bool
-) -> None:
+def _note_vocabulary(found: Beginning, loaded: LoadedModel, card: ModelCard, published: bool) -> None:
     before, now = (
         None if (size := one.spec["encoder"].get("vocab_size")) is None else size - (one.task == "masked")
         for one in (loaded.card, card)
@@ -238,16 +268,8 @@ def _note_vocabulary(
             found.notes.append(f"the vocabulary has {now} ids, not {before}")
     if found.grown and card.task == "masked" and loaded.card.task != "masked":
         found.notes.append("the mask token is initialised")
-    if not any(not name.startswith("backbone.") for name in (*found.taken, *found.grown)):
-        return  # no rows belong to ids
-    if loaded.tokenizer is not None and tokenizer is not None:
-        other, count, first = differing_ids(loaded.tokenizer, tokenizer)
-        if other:
-            found.notes.append(
-                f"the tokenizers differ: {other:,} of {count:,} ids mean something else (the first is {first}), and "
-                "rows belong to ids"
-            )
-    elif published:
+    of_ids = any(not name.startswith("backbone.") for name in (*found.taken, *found.grown))
+    if of_ids and published and loaded.tokenizer is None:
         found.notes.append("there is no tokenizer of this run's kind next to its weights, and rows belong to ids")
 
 
@@ -287,22 +309,66 @@ _TOLD = {
 
 
 def differing_ids(one: Tokenizer, other: Tokenizer) -> tuple[int, int, int]:
-    """How many of the first ids that two tokenizers share mean something else, of how many, and the first of them (-1
-    for none)."""
-    count = min(one.vocab_size, other.vocab_size, _COMPARED)
-    found = [number for number in range(count) if not _same(number, one, other)]
-    return len(found), count, found[0] if found else -1
+    """How many of the ids that two tokenizers share mean something else, of how many, and the first of them (-1 for
+    none)."""
+    found = _compared(one, other)
+    return len(found.other), found.shared, found.other[0] if found.other else -1
 
 
-def _same(number: int, one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether an id means the same in two tokenizers, as far as they can say."""
-    found = []
-    for tokenizer in (one, other):
-        try:
-            found.append(tokenizer.decode(np.array([number])))
-        except Exception:  # an id that has no meaning alone, by a plugin's tokenizer
-            found.append(None)
-    return bool(np.array_equal(found[0], found[1]))
+class _Compared(NamedTuple):
+    """The ids that two tokenizers share. shared: how many. other: those that mean something else. unsure: those and all
+    that may, since their meaning is that of several: bytes that are no text alone, marks that leave none."""
+
+    shared: int
+    other: list[int]
+    unsure: list[int]
+
+
+def _compared(one: Tokenizer | None, other: Tokenizer | None) -> _Compared:
+    """Nothing is compared where one is not known."""
+    if one is None or other is None:
+        return _Compared(0, [], [])
+    count = min(one.vocab_size, other.vocab_size)
+    theirs, ours = ([_meaning(number, of) for number in range(count)] for of in (one, other))
+    several = {meaning for of in (theirs, ours) for meaning, times in Counter(of).items() if times > 1}
+    differ = [number for number in range(count) if theirs[number] != ours[number]]
+    unsure = [number for number in range(count) if theirs[number] != ours[number] or ours[number] in several]
+    return _Compared(count, differ, unsure)
+
+
+def _meaning(number: int, tokenizer: Tokenizer) -> Any:
+    """What an id stands for alone, as far as its tokenizer can say: text, or a tuple of numbers."""
+    try:
+        found = tokenizer.decode(np.array([number]))
+        meaning = found if isinstance(found, str) else tuple(np.ravel(np.asarray(found)).tolist())
+        hash(meaning)
+    except Exception:  # an id that has no meaning alone, by a plugin's tokenizer
+        return None
+    return meaning
+
+
+def _is_of_ids(name: str, card: ModelCard) -> bool:
+    """Whether a tensor outside of the backbone belongs to all ids together, as filters over them do."""
+    part = name.partition(".")[0]
+    if part == "head":
+        return "vocab_size" in card.spec["head"]
+    return part == "encoder" and not name.startswith("encoder.condition.")
+
+
+def _other_tokenizer(loaded: LoadedModel, card: ModelCard, tokenizer: Tokenizer | None, changed: list[int]) -> str:
+    """What is said of a source whose ids mean something else."""
+    told, meanings = [], []
+    for one, described in ((loaded.tokenizer, loaded.card.tokenizer), (tokenizer, card.tokenizer)):
+        assert one is not None  # since they were compared
+        name = (described or card.tokenizer or {}).get("name", type(one).__name__)
+        told.append(f"{name} with {shown(one.options, 160)}")
+        meanings.append(shown(_meaning(changed[0], one), 30))
+    return (
+        f"was trained with the tokenizer {told[0]}, and these data have {told[1]}: {len(changed):,} ids mean something "
+        f"else, the first, {changed[0]}, is {meanings[0]} there and {meanings[1]} here. Give data the settings that "
+        "make the former, or set finetune.other_tokenizer to true: rows of ids that mean the same are then taken, and "
+        "others initialised."
+    )
 
 
 def _modules(names: list[str]) -> list[str]:

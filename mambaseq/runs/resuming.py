@@ -128,6 +128,7 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
 
 FIXED = {
     "finetune.init_from": "initial weights are loaded before the first step",
+    "finetune.other_tokenizer": "initial weights are loaded before the first step",
     "optimizer.name": "the state of one optimizer is of no use to another",
     "optimizer.options": "the optimizer's state depends on them",
     "lora.rank": "its adapters are part of the model",

@@ -54,7 +54,7 @@ from mambaseq.tasks.callbacks import (
     finish_saving,
 )
 from mambaseq.tasks.contexts import check_processes
-from mambaseq.tasks.finetuning import Freezing
+from mambaseq.tasks.finetuning import FinetuneConfig, Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
@@ -172,7 +172,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if not begins:
         callbacks.append(_resumption(run, settings, record, allow_changed_data))
     elif finetune.init_from:
-        _begin_from(finetune.init_from, run)
+        _begin_from(finetune, run)
     elif lora.rank:
         raise ConfigError(
             "lora.rank trains adapters beside frozen weights; finetune.init_from must name the run with those weights "
@@ -342,11 +342,14 @@ def _make_model(settings: RunConfig, data: SequenceData) -> SequenceModel:
     return model
 
 
-def _begin_from(source: str, run: Training) -> None:
+def _begin_from(finetune: FinetuneConfig, run: Training) -> None:
     """Load the weights of another run or of a published model into the new model, and print which."""
+    source, tokenizer = finetune.init_from, run.data.tokenizer
     with under_key("finetune.init_from", {}):
-        loaded, published = load_source(source, run.data.tokenizer)
-    found = begin_from(run.task.model, loaded, run.card, run.data.tokenizer, published=published)
+        loaded, published = load_source(source, tokenizer)
+    found = begin_from(
+        run.task.model, loaded, run.card, tokenizer, published=published, other_tokenizer=finetune.other_tokenizer
+    )
     if rank() == 0:
         step = "" if loaded.card.step is None else f" (step {loaded.card.step})"
         say(run.folder, found.told(f"{source}{step}"))

@@ -24,12 +24,15 @@ class FinetuneConfig:
     Args:
         init_from: a run, the model folder of one, or that of a published Mamba or Mamba-2 (config.json and weights), to
             take the weights from, by name; a head or an encoder that does not fit is initialised. Empty for none.
+        other_tokenizer: begin although ids mean something else to the tokenizer of init_from: rows of ids that mean the
+            same in both are taken, others initialised. Without it such a source is refused.
         freeze: patterns of parameters that are not trained, such as "encoder" or "backbone.layers.0".
         unfreeze: pattern to the optimizer step at which frozen parameters begin to be trained.
         lr_of: pattern to a factor of the learning rate; where several match, the longest pattern counts.
     """
 
     init_from: str = ""
+    other_tokenizer: bool = False
     freeze: list[str] = dataclasses.field(default_factory=list)
     unfreeze: dict[str, int] = dataclasses.field(default_factory=dict)
     lr_of: dict[str, float] = dataclasses.field(default_factory=dict)

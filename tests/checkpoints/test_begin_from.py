@@ -61,7 +61,11 @@ def spec(vocabulary: int = 7, layers: int = 2, **parts: Any) -> dict[str, Any]:
 
 
 def begun(
-    now: dict[str, Any], former: dict[str, Any], letters: tuple[str, str] = ("", ""), **card: Any
+    now: dict[str, Any],
+    former: dict[str, Any],
+    letters: tuple[str, str] = ("", ""),
+    other_tokenizer: bool = False,
+    **card: Any,
 ) -> tuple[SequenceModel, dict[str, torch.Tensor], SequenceModel, Beginning]:
     """The model, its tensors before, the source, and what was said."""
     source, model = build_model(former), build_model(now)
@@ -75,7 +79,8 @@ def begun(
         task=card.pop("former_task", None),
     )
     loaded = LoadedModel(source, theirs, one, Path("x/model/model.safetensors"))
-    return model, before, source, begin_from(model, loaded, ModelCard(now, **card), other)
+    found = begin_from(model, loaded, ModelCard(now, **card), other, other_tokenizer=other_tokenizer)
+    return model, before, source, found
 
 
 def test_an_equal_model_is_the_other() -> None:
@@ -137,14 +142,57 @@ def test_a_vocabulary_grows() -> None:
     assert found.notes == ["the vocabulary grew from 7 to 9 ids; the new ones are initialised"]
 
 
-def test_other_tokenizers_and_smaller_vocabularies_are_said() -> None:
-    _, _, _, found = begun(spec(9), spec(7), ("abcdefg", "abcdegfhi"))
-    assert "the tokenizers differ: 2 of 7 ids mean something else (the first is 5), and rows belong to ids" in (
-        found.notes
-    )
+def test_a_smaller_vocabulary_is_said() -> None:
     model, before, _, found = begun(spec(5), spec(7))
     assert torch.equal(model.encoder.embedding.weight, before["encoder.embedding.weight"])
     assert found.notes == ["the vocabulary has 5 ids, not 7"]
+
+
+@pytest.mark.parametrize("size", [6, 7, 9])
+def test_another_tokenizer_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError) as error:
+        begun(spec(size), spec(7), ("abcdefg", "abcdegfhi"[:size]))
+    told = str(error.value)
+    assert told.startswith("finetune.init_from: the model at x/model was trained with the tokenizer Letters with")
+    assert "{'letters': 'abcdefg'}, and these data have Letters with {'letters': 'abcdeg" in told
+    assert (
+        f"{min(2, size - 5)} ids mean something else, the first, 5, is 'f' there and 'g' here. Give data the settings"
+        in told
+    )
+    assert "set finetune.other_tokenizer to true" in told
+
+
+@pytest.mark.parametrize("size", [6, 7, 9])
+def test_rows_of_another_tokenizer_are_taken_where_ids_mean_the_same(size: int) -> None:
+    letters = "abcdefg", "abcdegfhi"[:size]
+    model, before, source, found = begun(spec(size), spec(7), letters, other_tokenizer=True)
+    for name in ("encoder.embedding.weight", "head.linear.weight"):
+        rows = model.state_dict()[name]
+        assert torch.equal(rows[:5], source.state_dict()[name][:5])
+        assert torch.equal(rows[5:], before[name][5:])
+    assert found.grown == ["encoder.embedding.weight", "head.linear.weight"]
+    assert f"5 of {min(size, 7)} ids surely mean the same; what belongs to others is initialised" in found.notes
+    model, before, _, found = begun(spec(7), spec(7), ("abcdeff", "gabcdff"), other_tokenizer=True)
+    assert torch.equal(model.encoder.embedding.weight, before["encoder.embedding.weight"])
+    assert found.new == ["encoder.embedding.weight", "head.linear.weight"]
+
+
+def test_weights_of_all_ids_are_those_of_their_tokenizer() -> None:
+    filters, letters = {"name": "dna/conv", "vocab_size": 7, "width": 3}, ("abcdefg", "abcdegf")
+    parts = {"encoder": filters, "head": {"name": "classification", "n_classes": 2}}
+    with pytest.raises(ConfigError, match=r"2 ids mean something else"):
+        begun(spec(**parts), spec(**parts), letters)
+    model, before, source, found = begun(spec(**parts), spec(**parts), letters, other_tokenizer=True)
+    assert torch.equal(model.encoder.filters.weight, before["encoder.filters.weight"])
+    assert torch.equal(model.head.linear.weight, source.state_dict()["head.linear.weight"])
+    assert found.notes == ["5 of 7 ids surely mean the same; what belongs to others is initialised"]
+
+
+def test_a_tokenizer_counts_only_where_weights_belong_to_ids() -> None:
+    parts = {"head": {"name": "classification", "n_classes": 2}}
+    filters = {"name": "dna/conv", "vocab_size": 7, "width": 3}
+    _, _, _, found = begun(spec(encoder=filters, **parts), spec(**parts), ("abcdefg", "bcdefga"))
+    assert found.notes == ["the encoder differs, 'tokens' -> 'dna/conv'"]
 
 
 @pytest.mark.parametrize(
@@ -234,8 +282,8 @@ def test_a_tokenizer_beside_published_weights_is_compared(tmp_path: Path) -> Non
     (tmp_path / "letters.txt").write_text("abdcefgh")
     model, own = build_model(spec(8, layers=1)), Filed("abcdefgh")
     loaded, published = load_source(tmp_path, own)
-    found = begin_from(model, loaded, ModelCard(model.spec or {}), own, published=published)
-    assert "2 of 8 ids mean something else (the first is 2)" in found.told("x")
+    with pytest.raises(ConfigError, match="2 ids mean something else, the first, 2, is 'd' there and 'c' here"):
+        begin_from(model, loaded, ModelCard(model.spec or {}), own, published=published)
 
 
 @pytest.mark.parametrize("tied", [(True, False), (False, True), (True, True)])

@@ -130,6 +130,7 @@ UNUSED = {
 REFUSED = {
     "optimizer.name": "muon",
     "finetune.init_from": "first",
+    "finetune.other_tokenizer": True,
     "finetune.lr_of": '{"backbone": 0.5}',
     "lora.rank": 2,
     "lora.alpha": 3.0,
