@@ -215,12 +215,13 @@ class Task(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = shorten(batch, self.length_warmup.length(self.global_step, batch.inputs.shape[1]))
+        counted = self._count(batch)
         output, _ = self._run_shared(batch)
         assert output.loss is not None
         self.trainer.datamodule.batches_done += 1  # type: ignore[attr-defined]
         # not by `prog_bar`, for which Lightning waits for a GPU after every batch; see `Bar`
         self.log("train/loss", output.loss, batch_size=batch.inputs.shape[0])
-        return self._weighted(output.loss, batch)
+        return output.loss if counted is None else self._weighted(output.loss, *counted)
 
     def _run_shared(self, batch: Batch, return_logits: bool | None = None) -> tuple[ModelOutput, Batch]:
         """The model's output for this process's part of sequences that several share, and the part; the loss is that of
@@ -237,24 +238,32 @@ class Task(lightning.LightningModule):
             share = part.share(batch)
             return self.run_model(share, return_logits), share
 
-    def _weighted(self, loss: Tensor, batch: Batch) -> Tensor:
-        """A mean over the batch's targets, scaled so that its mean over batches and processes becomes, after
-        `on_before_optimizer_step` has corrected the scale, a mean over all their targets. Does not wait for a GPU."""
+    def _count(self, batch: Batch) -> tuple[Tensor, Tensor, Any] | None:
+        """The number of the batch's targets, and that of all processes, once the third has been waited for: the sum is
+        begun before the loss is computed. None where batches need no weights."""
         processes = self.trainer.world_size
         if self.trainer.strategy.handles_gradient_accumulation or (
             processes == 1 and self.trainer.accumulate_grad_batches == 1
         ):
-            return loss
+            return None
         here = batch.n_targets
-        everywhere = here
-        if processes > 1:
-            everywhere = here.clone()
-            torch.distributed.all_reduce(everywhere)  # Lightning's own reduction waits at a barrier first
+        if processes == 1:
+            return here, here, None
+        everywhere = here.clone()
+        # Lightning's own reduction waits at a barrier first
+        return here, everywhere, torch.distributed.all_reduce(everywhere, async_op=True)
+
+    def _weighted(self, loss: Tensor, here: Tensor, everywhere: Tensor, sum_: Any) -> Tensor:
+        """A mean over the batch's targets, scaled so that its mean over batches and processes becomes, after
+        `on_before_optimizer_step` has corrected the scale, a mean over all their targets. Does not wait for a GPU."""
+        if sum_ is not None:
+            sum_.wait()
         if self._window is None:
             self._window = everywhere.clamp(min=1), everywhere
         else:
             self._window = self._window[0], self._window[1] + everywhere
         # gradients of processes that share a sequence are parts of a sum, of which the mean is taken
+        processes = self.trainer.world_size
         shares = processes if self._context is None else processes * self._context.size
         # equal counts make this exactly 1; the dtype is explicit, since half-precision runs change the default
         return loss * ((here * shares).float() / self._window[0].float())

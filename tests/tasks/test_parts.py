@@ -47,7 +47,7 @@ def test_a_step_is_told_by_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     takes(ResidualLayer, "forward", lambda layer: COSTS[type(layer.mixer).__name__])
     takes(TokenEncoder, "forward", 100.0)
     takes(LMHead, "forward", 1000.0)
-    takes(Task, "_weighted", 0.5)
+    takes(Task, "_count", 0.5)
     takes(AdamW, "step", 0.25)
     takes(Task, "validation_step", 1e6)
     (tmp_path / "c.yaml").write_text(CONFIG)
