@@ -50,11 +50,15 @@ class _Mean:
         self, group: ProcessGroup, averages: bool, places: Sequence[MutableMapping[Tensor, Tensor]] = ()
     ) -> None:
         self._group, self._averages, self._places = group, averages, places
+        self._is_first = True  # after the first backward pass DDP makes its buckets anew
 
     def begin(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        there = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-        for places in self._places:
-            places.update(there)
+        if not self._is_first:
+            there = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
+            for places in self._places:
+                places.update(there)
+        elif bucket.is_last():
+            self._is_first = False
         mean = bucket.buffer()
         if not self._averages:
             mean.mul_(1 / self._group.size())
