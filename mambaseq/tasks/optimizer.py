@@ -231,12 +231,15 @@ def make_optimizer(
     total_steps: float,
     *,
     capturable: bool = False,
+    fused: bool = False,
     factors: Mapping[str, float] | None = None,
     frozen: Set[str] = frozenset(),
 ) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer and its schedule over `total_steps` optimizer steps.
 
     capturable: on CUDA, make the step one kernel that a CUDA graph can capture; learning rates are then tensors.
+    fused: make AdamW's step one kernel, which reads and writes everything once; on a GPU that is faster, and takes no
+    memory. Complex parameters have no such kernel, and are stepped as usual with all others.
     factors, frozen: see `parameter_groups`.
     Raises ConfigError if the schedule has no last step to end at (`inf`), for settings of another optimizer, and for
     Muon if its step must be captured, or there is nothing for it.
@@ -266,9 +269,11 @@ def make_optimizer(
             betas=betas,
             eps=config.eps,
             capturable=capturable,
-            fused=True if capturable else None,
+            fused=True if capturable or (fused and all(p.is_floating_point() for p in model.parameters())) else None,
         )
         optimizer._warned_capturable_if_run_uncaptured = True  # it would warn about the steps before a capture
+        # a fused one would unscale gradients of fp16 within its step, but they are counted and clipped before it
+        optimizer._step_supports_amp_scaling = False
     return optimizer, Schedule(optimizer, learning_rate_factor(config, total_steps))
 
 
@@ -308,6 +313,16 @@ def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.
         ) from error
 
 
+def _place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move counts of steps to where an AdamW of these settings has them: a fused one, or one that can be captured, on
+    the parameters' device, others on the CPU."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(step := state.get("step"), torch.Tensor):
+                state["step"] = step.to(parameter.device if group["fused"] or group["capturable"] else "cpu")
+
+
 _OF_GROUPS = {"weight_decay", "muon", "factor", "initial_lr"}  # what `parameter_groups` and a schedule say
 
 
@@ -331,5 +346,7 @@ def reapply(optimizer: torch.optim.Optimizer, schedule: Schedule) -> tuple[float
             group["lr"] = now
     if isinstance(optimizer, MuonAdamW):
         optimizer._wire()
+    elif ours:
+        _place_steps(optimizer)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
     return before, float(optimizer.param_groups[0]["lr"])

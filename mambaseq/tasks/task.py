@@ -432,7 +432,8 @@ class Task(lightning.LightningModule):
                 "part of each. Set optimizer.name to adamw, or trainer.strategy to ddp."
             )
         frozen = self.finetune.frozen(self.model, -1)
+        fused = self.device.type == "cuda"
         optimizer, schedule = make_optimizer(
-            self.model, self.optimizer_config, steps, factors=self.finetune.lr_of, frozen=frozen
+            self.model, self.optimizer_config, steps, fused=fused, factors=self.finetune.lr_of, frozen=frozen
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tasks.test_resume import CONFIG, fit
 
+from mambaseq.checkpoints.lightning_io import read_checkpoint
+from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
 from mambaseq.models import SequenceModel, build_model
 from mambaseq.tasks.optimizer import MuonAdamW, OptimizerConfig, learning_rate_factor, make_optimizer, reapply
@@ -123,3 +129,81 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     config = OptimizerConfig(schedule=schedule, warmup_steps=2, decay_share=0.4, min_lr_ratio=0.1)  # type: ignore[arg-type]
     factor = learning_rate_factor(config, 10)
     assert [factor(step) for step in (0, 2, 4, 6, 8, 10)] == pytest.approx(expected)
+
+
+def stepped(fused: bool, steps: int) -> tuple[SequenceModel, torch.optim.Optimizer, Any]:
+    torch.manual_seed(0)
+    model = make_model()
+    optimizer, schedule = make_optimizer(model, OptimizerConfig(lr=0.01, schedule="constant"), 10, fused=fused)
+    for step in range(steps):
+        step_of(model, optimizer, schedule, step)
+    return model, optimizer, schedule
+
+
+def step_of(model: SequenceModel, optimizer: torch.optim.Optimizer, schedule: Any, step: int) -> None:
+    tokens = torch.randint(0, 7, (2, 9), generator=torch.Generator().manual_seed(step))
+    optimizer.zero_grad()
+    loss = model(tokens[:, :-1], tokens[:, 1:].contiguous()).loss
+    assert loss is not None
+    loss.backward()
+    optimizer.step()
+    schedule.step()
+
+
+def test_a_fused_step_is_the_same_step() -> None:
+    one, usual, _ = stepped(False, 4)
+    other, fused, _ = stepped(True, 4)
+    assert [group["fused"] for group in usual.param_groups] == [None, None]
+    assert [group["fused"] for group in fused.param_groups] == [True, True]
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_complex_weights_are_stepped_as_usual() -> None:
+    optimizer, _ = make_optimizer(make_model("s5"), OptimizerConfig(schedule="constant"), 10, fused=True)
+    fused = all(p.is_floating_point() for group in optimizer.param_groups for p in group["params"])
+    assert all(bool(group["fused"]) is fused for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_restored_step_is_of_the_kind_of_now(before: bool) -> None:
+    """A fused one counts on the device, another on the CPU; both go on from a checkpoint of the other."""
+    model, optimizer, schedule = stepped(before, 3)
+    again, other, plan = stepped(not before, 0)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plan.load_state_dict(schedule.state_dict())
+    reapply(other, plan)
+    assert all(bool(group["fused"]) is not before for group in other.param_groups)
+    for of, made, lr in ((model, optimizer, schedule), (again, other, plan)):
+        step_of(of, made, lr, 3)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        assert other.state[q]["step"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before", ["cpu", "gpu"])
+def test_a_run_goes_on_with_a_fused_step_and_without(cuda: torch.device, tmp_path: Path, before: str) -> None:
+    path, steps = tmp_path / "run.yaml", "--trainer.max_steps=4"
+    path.write_text(CONFIG)
+    first = (steps, f"--trainer.accelerator={before}", "--trainer.devices=1")
+    fit(path, tmp_path / "one", "--model.backbone.dropout=0", *first)
+    after = "gpu" if before == "cpu" else "cpu"
+    more = ["--trainer.max_steps=8", f"--trainer.accelerator={after}", "--trainer.devices=1"]
+    assert main(["fit", "--resume", str(tmp_path / "one"), *more]) == 0
+    states = read_checkpoint(tmp_path / "one" / "checkpoints" / "last.ckpt")["optimizer_states"][0]
+    assert all(bool(group["fused"]) is (after == "gpu") for group in states["param_groups"])
+    assert all(float(state["step"]) == 8 for state in states["state"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_a_fused_step_is_clipped_in_any_precision(cuda: torch.device, tmp_path: Path, precision: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    on_gpu = ("--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.precision={precision}")
+    how = (*on_gpu, "--model.backbone.dropout=0", "--trainer.max_steps=4")
+    clipped, whole = (fit(path, tmp_path / v, *how, f"--trainer.gradient_clip_val={v}") for v in ("1e-6", "0"))
+    assert all(tensor.isfinite().all() for tensor in clipped.values())
+    assert any(not torch.equal(tensor, whole[name]) for name, tensor in clipped.items())
