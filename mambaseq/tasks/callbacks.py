@@ -379,7 +379,8 @@ class Throughput(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         on_gpu = pl_module.device.type == "cuda"
-        if on_gpu and (batch_idx % 10 == 0 or self._is_first):
+        logs = trainer._logger_connector.should_update_logs
+        if on_gpu and (logs or self._is_first):  # the host may be ahead of it by many batches
             torch.cuda.synchronize(pl_module.device)
         self._since = time.perf_counter()
         seconds = self._since - self._started
@@ -390,7 +391,7 @@ class Throughput(lightning.Callback):
         if self._is_first:
             self._first_tokens, self._first_seconds = self._first_tokens + tokens, self._first_seconds + seconds
             self._is_first = False
-        if trainer._logger_connector.should_update_logs:
+        if logs:
             if self.tokens > self._first_tokens:  # of first batches alone it would be a rate of compiling
                 pl_module.log("train/tokens_per_second", self.rate)
             held = torch.cuda.max_memory_allocated(pl_module.device) if on_gpu else _largest_memory()

@@ -177,3 +177,29 @@ def test_what_comes_between_batches_is_part_of_the_speed(timed: Any) -> None:
             found.on_validation_start(trainer, module)
             clock[0] += 100
     assert found.rate == 300 / (3 * 3)  # the first batch of four is left out, and so is what follows the last
+
+
+def test_what_is_logged_is_the_time_of_the_gpu_not_of_the_host_that_is_ahead(
+    timed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host takes 1 s a batch, the GPU 4; the host waits for it only where the rate is logged."""
+    trainer, module, batch, logged, clock = timed
+    module.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    busy, waits = [0.0], []
+
+    def wait(device: torch.device) -> None:
+        waits.append(number)
+        clock[0] = max(clock[0], busy[0])
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    found = Throughput()
+    for number in range(8):
+        trainer._logger_connector.should_update_logs = number in (3, 7)
+        found.on_train_batch_start(trainer, module, batch, number)
+        clock[0] += 1
+        busy[0] = max(clock[0], busy[0]) + 4
+        found.on_train_batch_end(trainer, module, None, batch, number)
+        if number in (3, 7):
+            assert logged["train/tokens_per_second"] == pytest.approx(100 / 4, rel=0.1)
+    assert waits == [0, 3, 7]
