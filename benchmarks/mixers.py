@@ -6,7 +6,8 @@ on a CPU of a 130M model's, in float32, whole mixers only, of which any that is 
     scan     Mamba-3's scan, one input a head and four, forward and backward: our kernels, our PyTorch, and mamba-ssm's
              kernel for one input where it is installed (which norms nothing, but adds biases, turns, skips and gates:
              ours beside it by the mixer's parts, both held against float64).
-    kernels  which kernels of ours the same work goes to, on a GPU.
+    kernels  which kernels of ours the same work goes to, on a GPU, and those of whole mixers as in `layers`.
+    models   training steps of models with 24 layers of width 768, 8 x 2,048 tokens (the loop of `lti_gpu.py`): a GPU.
     layers   whole mixers, projections too, forward and backward, on a GPU under bfloat16 autocast.
     update   a decode step's state and output at batch 128, states in float32 and bfloat16: share of the time that
              reading and writing the state takes at the memory's speed. Beside them what is published, on an H100.
@@ -212,14 +213,25 @@ def around(
     return gated(GateArguments(y, x, z, D))
 
 
-def kernels() -> None:
-    """Microseconds of each kernel of one forward and backward pass of `around`, those that take most first."""
+def kernels(names: list[str]) -> None:
+    """Microseconds of each kernel of one forward and backward pass of `around` and of mixers, those that take most
+    first."""
     given = published_arguments(*SCANS[0][:3])
     cotangent = torch.randn_like(around(*given))
+    told_kernels(
+        f"scan {SCANS[0]}, ours, with all that mamba-ssm's does",
+        lambda: torch.autograd.grad(around(*given), list(given), cotangent),
+    )
+    for name in names:
+        forward, wanted = _forward_of(name, "cuda")
+        of = SIZES["cuda"]
+        told_kernels(
+            f"layers {of.batch} x {of.length}, {name}",
+            lambda forward=forward, wanted=wanted: torch.autograd.grad(forward().sum(), wanted),
+        )
 
-    def run() -> None:
-        torch.autograd.grad(around(*given), list(given), cotangent)
 
+def told_kernels(label: str, run: Callable[[], Any]) -> None:
     run()
     torch.cuda.synchronize()
     repeats = 5
@@ -229,7 +241,7 @@ def kernels() -> None:
         torch.cuda.synchronize()
     found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in found) / repeats
-    print(f"kernels of scan {SCANS[0]}, ours, with all that mamba-ssm's does: {total:.0f} us")
+    print(f"kernels of {label}: {total:.0f} us")
     for event in found[:MOST_KERNELS]:
         print(f"  {event.self_device_time_total / repeats:7.1f} us, {event.count // repeats:3d} of {event.key[:70]}")
 
@@ -254,7 +266,8 @@ def layers(names: list[str], device: str) -> None:
         )
 
 
-def _layer(name: str, device: str) -> str:
+def _forward_of(name: str, device: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A whole mixer's forward pass, and what gradients are wanted of."""
     mixer, of, on_gpu = mixer_of(name, device), SIZES[device], device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     x = torch.randn(of.batch, of.length, of.d_model, device=device, dtype=dtype, requires_grad=True)
@@ -264,12 +277,24 @@ def _layer(name: str, device: str) -> str:
             y: Tensor = mixer(x)
         return y
 
+    return forward, [x, *mixer.parameters()]
+
+
+def _layer(name: str, device: str) -> str:
+    of, on_gpu = SIZES[device], device == "cuda"
+    forward, wanted = _forward_of(name, device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    torch.autograd.grad(forward().sum(), [x, *mixer.parameters()])
+    torch.autograd.grad(forward().sum(), wanted)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_gpu else ""
-    times = timed(forward, [x, *mixer.parameters()], device)
+    times = timed(forward, wanted, device)
     return f"{told(times)}, {1e3 * of.batch * of.length / sum(times):,.0f} tokens/s{memory}"
+
+
+def models(names: list[str]) -> None:
+    for name in names:
+        kind, options = LAYERS[name]
+        attempted(f"models, {name}", functools.partial(lti_gpu.train, 8, 2048, mixer=kind, **options))
 
 
 def updates(names: list[str]) -> None:
@@ -370,7 +395,8 @@ def attempted(label: str, run: Callable[[], str]) -> None:
 def main() -> None:
     on_gpu: dict[str, Callable[[], None]] = {
         "scan": scans,
-        "kernels": kernels,
+        "kernels": lambda: kernels(given.mixers),
+        "models": lambda: models(given.mixers),
         "update": lambda: updates(given.mixers),
     }
     on_both = {"layers": layers, "steps": steps}
