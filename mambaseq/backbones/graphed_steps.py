@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +53,9 @@ class StepGraphs(Graphs["_Step"]):
     There are no second derivatives, and there is one backward pass for each forward pass, unless graphs are automatic:
     what a replay cannot give is then computed without it. Of each part, all gradients come at once.
 
-    places: of parameters, memory of their size where gradients are wanted, say where processes sum them. Whatever reads
-    a gradient there must be done before the next backward pass.
+    places: of parameters, memory of their size where gradients are wanted, say where processes sum them. Each is taken
+    by one gradient: another of the same backward pass, of other graphs, would overwrite it before both are added.
+    Whatever reads a gradient there must be done before the place is given again.
     """
 
     def __init__(self, automatic: bool = False) -> None:
@@ -151,7 +152,7 @@ class _Step:
         return any(pair.is_busy() for pair in self.pairs)
 
     def __call__(
-        self, again: Run | None, x: Tensor, learned: Sequence[nn.Parameter], places: Mapping[Tensor, Tensor]
+        self, again: Run | None, x: Tensor, learned: Sequence[nn.Parameter], places: MutableMapping[Tensor, Tensor]
     ) -> Tensor:
         passed: Sequence[Tensor] = [x]
         for pair, of in zip(self.pairs, self._learned_of, strict=True):
@@ -322,7 +323,7 @@ def _fill(memory: Tensor, given: Tensor | None) -> None:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pair: _Pair, again: Run | None, places: Mapping[Tensor, Tensor], *tensors: Tensor
+        ctx: Any, pair: _Pair, again: Run | None, places: MutableMapping[Tensor, Tensor], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         """tensors: inputs, then parameters. again: of a step with one part; recomputes the activations if they are gone
         or second derivatives are wanted. places: where gradients are wanted."""
@@ -343,7 +344,7 @@ class _Replay(torch.autograd.Function):
         dxs: Sequence[Tensor | None]
         if ctx.pair.holds(ctx.turn) and not torch.is_grad_enabled():
             # what was accumulated before may lie in the same place
-            places = [ctx.places.get(p) if p.grad is None else None for p in parameters]
+            places = [ctx.places.pop(p, None) if p.grad is None else None for p in parameters]
             dxs, found = ctx.pair.backward(dys, ctx.turn, places)
         elif ctx.again is not None:
             (dy,) = (dy for dy in dys if dy is not None)

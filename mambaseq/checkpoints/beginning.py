@@ -227,7 +227,8 @@ def _sure_rows(
 ) -> tuple[Tensor, Literal[False]] | None:
     """A vocabulary's rows with those of the source whose ids surely mean the same, and False: not all come from there;
     None if there is none. masked: see `_rows`."""
-    if not (same := sorted(set(range(ids.shared)).difference(ids.unsure))):
+    there = range(min(ids.shared, len(ours), len(theirs)))
+    if not (same := sorted(set(there).difference(ids.unsure))):
         return None
     rows = ours.clone()
     rows[same] = theirs.to(ours)[same]

@@ -18,8 +18,8 @@ from mambaseq.tasks.later import Later
 class Bar(TQDMProgressBar):
     """Lightning's bar on standard error. It moves by time, not by batches; its end is the run's, also of one that stops
     early; it says that the first step, or an evaluation's first batch, compiles kernels, whose time is no part of its
-    speed. Where standard error is no terminal, a line now and then is enough. A GPU is not waited for: the loss of its
-    training is that of when the bar was drawn before."""
+    speed. Where standard error is no terminal, a line now and then is enough. On a terminal a GPU is not waited for
+    but at an epoch's end: the loss of its training is that of when the bar was drawn before."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
@@ -58,7 +58,7 @@ class Bar(TQDMProgressBar):
 
     def _should_update(self, current: int, total: int | float | None) -> bool:
         now = time.monotonic()
-        if current != total and now - self._drawn < self._every:
+        if self.is_disabled or (current != total and now - self._drawn < self._every):
             return False
         self._drawn = now
         return True
@@ -68,12 +68,18 @@ class Bar(TQDMProgressBar):
         metrics.pop("v_num", None)  # the number of the log file
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            now = Later(loss)
-            told = self._loss if loss.is_cuda else now
-            self._loss = now
-            if told is not None:
-                metrics["train/loss"] = told.read()
+            before, self._loss = self._loss, Later(loss)
+            is_late = before is not None and loss.is_cuda and self._every < 1
+            metrics["train/loss"] = (before if is_late else self._loss).read()
         return metrics
+
+    def on_train_start(self, *arguments: Any) -> None:
+        self._loss = None  # of a training before this one
+        super().on_train_start(*arguments)
+
+    def on_train_epoch_end(self, *arguments: Any) -> None:
+        self._loss = None  # what stays in sight is the last
+        super().on_train_epoch_end(*arguments)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         # a resumed run goes on in the middle of an epoch; later the loop still tells of the epoch before

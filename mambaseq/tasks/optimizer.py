@@ -315,12 +315,13 @@ def _registered(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.
 
 def _place_steps(optimizer: torch.optim.Optimizer) -> None:
     """Move counts of steps to where an AdamW of these settings has them: a fused one, or one that can be captured, on
-    the parameters' device, others on the CPU."""
+    the parameters' device in float32, others on the CPU."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
             if isinstance(step := state.get("step"), torch.Tensor):
-                state["step"] = step.to(parameter.device if group["fused"] or group["capturable"] else "cpu")
+                of_kernel = group["fused"] or group["capturable"]
+                state["step"] = step.to(parameter.device, torch.float32) if of_kernel else step.cpu()
 
 
 _OF_GROUPS = {"weight_decay", "muon", "factor", "initial_lr"}  # what `parameter_groups` and a schedule say

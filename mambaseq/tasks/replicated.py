@@ -1,12 +1,13 @@
 """Data parallel training on several devices, each with all weights (DDP)."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed import GradBucket, ProcessGroup, ReduceOp, all_reduce, get_backend
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mambaseq.backbones.graphed_steps import StepGraphs
 
@@ -22,21 +23,23 @@ class Replicated(DDPStrategy):
       another into its buckets; unless `ddp_comm_hook` says how they are summed.
     """
 
-    _places: Sequence[MutableMapping[Tensor, Tensor]] = ()
+    _places: MutableMapping[Tensor, Tensor] | None = None
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         options = {"gradient_as_bucket_view": True, **self._ddp_kwargs}
         wrapped = DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
         if options["gradient_as_bucket_view"] and self._ddp_comm_hook is None:
-            graphs = [getattr(module, "graphs", None) for module in model.modules()]
-            self._places = [one.places for one in graphs if isinstance(one, StepGraphs)]
+            self._places = WeakIdKeyDictionary()
+            for module in model.modules():
+                if isinstance(graphs := getattr(module, "graphs", None), StepGraphs):
+                    graphs.places = self._places  # one for all, since a place is for one gradient
             averages = "nccl" in get_backend(wrapped.process_group)
             wrapped.register_comm_hook(_Mean(wrapped.process_group, averages, self._places), _Mean.begin)
         return wrapped
 
     def teardown(self) -> None:
-        for places in self._places:  # DDP's memory
-            places.clear()
+        if self._places is not None:
+            self._places.clear()  # DDP's memory
         super().teardown()
 
 
@@ -46,17 +49,13 @@ class _Mean:
     averages: whether the group has means, else there are sums of shares. places: told where each gradient lies.
     """
 
-    def __init__(
-        self, group: ProcessGroup, averages: bool, places: Sequence[MutableMapping[Tensor, Tensor]] = ()
-    ) -> None:
+    def __init__(self, group: ProcessGroup, averages: bool, places: MutableMapping[Tensor, Tensor]) -> None:
         self._group, self._averages, self._places = group, averages, places
         self._is_first = True  # after the first backward pass DDP makes its buckets anew
 
     def begin(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if not self._is_first:
-            there = dict(zip(bucket.parameters(), bucket.gradients(), strict=True))
-            for places in self._places:
-                places.update(there)
+            self._places.update(zip(bucket.parameters(), bucket.gradients(), strict=True))
         elif bucket.is_last():
             self._is_first = False
         mean = bucket.buffer()
@@ -65,4 +64,9 @@ class _Mean:
         op = ReduceOp.AVG if self._averages else ReduceOp.SUM
         work = all_reduce(mean, op, group=self._group, async_op=True)
         assert work is not None
-        return work.get_future().then(lambda future: future.value()[0])
+
+        def found(sums: torch.futures.Future[list[Tensor]]) -> Tensor:
+            sums.value()  # raises what went wrong
+            return mean  # complex if the bucket is, unlike what was summed
+
+        return work.get_future().then(found)

@@ -30,9 +30,13 @@ def captured(monkeypatch: pytest.MonkeyPatch, **options: int) -> tuple[SequenceM
     return model, usual
 
 
-def run(model: SequenceModel, step: int) -> None:
-    tokens = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(step))
-    model(tokens[:, :-1], tokens[:, 1:].contiguous()).loss.backward()
+def loss_of(model: SequenceModel, step: int, length: int = 12) -> Tensor:
+    tokens = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(step))
+    return model(tokens[:, :-1], tokens[:, 1:].contiguous()).loss
+
+
+def run(model: SequenceModel, step: int, length: int = 12) -> None:
+    loss_of(model, step, length).backward()
 
 
 def places_of(model: SequenceModel) -> dict[Tensor, Tensor]:
@@ -51,8 +55,8 @@ def same(model: SequenceModel, usual: SequenceModel) -> bool:
 def test_gradients_are_written_into_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     model, usual = captured(monkeypatch)
     places = places_of(model)
-    model.backbone.graphs.places.update(places)
     for step in (10, 11):
+        model.backbone.graphs.places.update(places)
         model.zero_grad()
         usual.zero_grad()
         run(model, step)
@@ -62,11 +66,28 @@ def test_gradients_are_written_into_their_places(monkeypatch: pytest.MonkeyPatch
     assert model.backbone.graphs.replays == 3
 
 
+def test_a_place_is_for_one_of_the_gradients_that_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of two lengths in one backward pass have graphs of their own, of which both give all gradients."""
+    model, usual = captured(monkeypatch)
+    for step in range(EAGER_CALLS + 1):
+        run(model, step, 9)
+    assert model.backbone.graphs.captured == 2
+    before = model.backbone.graphs.replays
+    for one in (model, usual):
+        one.zero_grad()
+    model.backbone.graphs.places.update(places_of(model))
+    for one in (model, usual):
+        (loss_of(one, 10) + loss_of(one, 11, 9)).backward()
+    assert model.backbone.graphs.replays == before + 2
+    assert same(model, usual)
+
+
 def test_what_was_accumulated_in_a_place_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, usual = captured(monkeypatch)
-    model.backbone.graphs.places.update(places_of(model))
+    places = places_of(model)
     usual.zero_grad()
     for step in (10, 11, 12):  # no gradient is cleared between them
+        model.backbone.graphs.places.update(places)
         run(model, step)
         run(usual, step)
     assert same(model, usual)

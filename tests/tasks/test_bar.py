@@ -72,6 +72,8 @@ def test_compiling_is_no_part_of_the_speed_and_the_bar_ends_with_the_run() -> No
     other.train_progress_bar = Tqdm(total=8, disable=True)
     other.on_train_batch_end(trainer, None, None, None, 0)
     other.on_train_end(trainer, None)
+    other.disable()
+    assert not other._should_update(8, 8)  # it would wait for a GPU
 
 
 def test_the_loss_of_a_gpu_is_that_of_when_the_bar_was_drawn_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,16 +89,23 @@ def test_the_loss_of_a_gpu_is_that_of_when_the_bar_was_drawn_before(monkeypatch:
 
     monkeypatch.setattr(bars, "Later", Of)
     trainer: Any = SimpleNamespace(progress_bar_metrics={}, loggers=[], callback_metrics={})
-    for is_cuda, told in ((True, [None, 0.5, 1.0]), (False, [0.5, 1.0, 1.5])):
+    late, now = [0.5, 0.5, 1.0], [0.5, 1.0, 1.5]
+    for is_cuda, every, told in ((True, 0.2, late), (True, 30.0, now), (False, 0.2, now)):
         bar = Bar()
+        bar._every = every
         assert bar.get_metrics(trainer, None) == {}  # type: ignore[arg-type]
         found = []
         for step in (1, 2, 3):
             trainer.callback_metrics["train/loss"] = SimpleNamespace(is_cuda=is_cuda, step=step)
             found.append(bar.get_metrics(trainer, None).get("train/loss"))  # type: ignore[arg-type]
         assert found == told
+        bar._train_progress_bar = line = Tqdm(total=3, file=io.StringIO())
+        bar.on_train_epoch_end(trainer, None)  # what stays in sight is the last
+        assert "train/loss=1.500" in line.postfix
+        bar.on_train_start()
+        assert bar._loss is None
         trainer.callback_metrics.clear()
-    assert read == [1, 2, 1, 2, 3]
+    assert read == [1, 1, 2, 3, *([1, 2, 3, 3] * 2)]
 
 
 @pytest.mark.parametrize(("command", "option"), [("fit", "--config"), ("test", "--checkpoint")])

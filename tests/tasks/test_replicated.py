@@ -66,6 +66,16 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def test_backbones_of_one_model_share_the_places(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters may be those of several, and a place is for one gradient."""
+    strategy = Replicated()
+    monkeypatch.setattr(strategy, "determine_ddp_device_ids", lambda: None)
+    models = nn.ModuleList([causal_lm(5, 8, 2) for _ in range(2)])
+    strategy._setup_model(models)
+    one, other = (model.backbone.graphs.places for model in models)
+    assert one is other
+
+
 def wrapped(strategy: Replicated, monkeypatch: pytest.MonkeyPatch) -> tuple[SequenceModel, nn.Module]:
     torch.manual_seed(0)
     model = causal_lm(5, 8, 2)
@@ -98,13 +108,14 @@ def test_other_sums_are_as_they_were(alone: None, monkeypatch: pytest.MonkeyPatc
     assert not model.backbone.graphs.places
 
 
-def test_the_mean_is_over_all_processes() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_the_mean_is_over_all_processes(dtype: torch.dtype) -> None:
     def run(group: Any) -> Tensor:
-        buffer = torch.tensor([1.0, 3.0]) * (group.rank() + 1)
+        buffer = torch.tensor([1.0, 3.0], dtype=dtype) * (group.rank() + 1)
         bucket: Any = SimpleNamespace(is_last=lambda: True, buffer=lambda: buffer)
-        return replicated._Mean(group, False).begin(bucket).wait()
+        return replicated._Mean(group, False, {}).begin(bucket).wait()
 
     for size in (2, 3):
         ranks = contexts(size)
         for mean in on_ranks(size, lambda rank, ranks=ranks: run(ranks[rank].group)):
-            torch.testing.assert_close(mean, torch.tensor([1.0, 3.0]) * (size + 1) / 2)
+            torch.testing.assert_close(mean, torch.tensor([1.0, 3.0], dtype=dtype) * (size + 1) / 2)
