@@ -68,9 +68,10 @@ class Bar(TQDMProgressBar):
         metrics.pop("v_num", None)  # the number of the log file
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            before, self._loss = self._loss, Later(loss)
-            is_late = before is not None and loss.is_cuda and self._every < 1
-            metrics["train/loss"] = (before if is_late else self._loss).read()
+            before, now = self._loss, Later(loss)
+            self._loss = now
+            told = before if before is not None and loss.is_cuda and self._every < 1 else now
+            metrics["train/loss"] = told.read()
         return metrics
 
     def on_train_start(self, *arguments: Any) -> None:
