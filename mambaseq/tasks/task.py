@@ -211,7 +211,11 @@ class Task(lightning.LightningModule):
             self._check_fit(batch)
             self._fits = True
         step = self.trainer.datamodule.batches_done  # type: ignore[attr-defined]
-        torch.manual_seed(hash((self.seed, step, self.global_rank)) % 2**63)
+        seed = hash((self.seed, step, self.global_rank)) % 2**63
+        # `torch.manual_seed` for this device alone: for each kind of device that is not there it formats a stack trace
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batch = shorten(batch, self.length_warmup.length(self.global_step, batch.inputs.shape[1]))
