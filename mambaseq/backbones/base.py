@@ -171,7 +171,8 @@ class Backbone(nn.Module, abc.ABC):
         for mixer in self.mixers():
             if not (mixer.causal and mixer.bounded_state):
                 raise ConfigError(
-                    f"{what} needs causal mixers with a bounded state; {type(mixer).__name__} is not one."
+                    f"{what} needs causal mixers with a bounded state; {type(mixer).__name__} is not one. Take others, "
+                    "such as mamba, or do without."
                 )
 
     @abc.abstractmethod

@@ -108,7 +108,8 @@ def _tie(ahead: Mixer, back: Mixer) -> None:
         one, other = (getattr(mixer, name, None) for mixer in (ahead, back))
         if not isinstance(one, nn.Linear) or not isinstance(other, nn.Linear):
             raise ConfigError(
-                f"tie_projections needs mixers with in_proj and out_proj; {type(ahead).__name__} has not."
+                f"tie_projections needs mixers with in_proj and out_proj; {type(ahead).__name__} has not. Leave it "
+                "out, or take mamba, mamba2 or mamba3."
             )
         other.weight, other.bias = one.weight, one.bias
 

@@ -35,7 +35,8 @@ def run(argv: list[str], command: str) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Repeat a published result: train, print the paper's figures next to ours, and write report.json\n"
         "and report.md (part.json and part.md with --only or --seed). Start an interrupted run again to continue it:\n"
-        "finished trainings are kept, and at most 15 seconds of the last one are lost.\n\n"
+        "finished trainings are kept, and at most 15 seconds of the last one are lost.\n"
+        "docs/reproduction.md has the reports, with what each took.\n\n"
         + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
     )
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
@@ -53,7 +54,7 @@ def run(argv: list[str], command: str) -> int:
         default=[],
         metavar="LINE",
         help="only these lines of the table, or columns if the recipe has a choice of them; in some 'finished', which "
-        "trains nothing",
+        "trains nothing. A name that it has not is refused with all that it has, before anything is trained",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
     parser.add_argument(

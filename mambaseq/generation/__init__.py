@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambaseq.generation.decode import generate, generate_all
+from mambaseq.generation.decode import generate, generate_all, stream
 from mambaseq.generation.decoder import Decoder
 
-__all__ = ["Decoder", "generate", "generate_all"]
+__all__ = ["Decoder", "generate", "generate_all", "stream"]

@@ -150,7 +150,20 @@ def generate_all(
 def _added(
     model: SequenceModel, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, options: dict[str, Any], shown: bool
 ) -> Tensor:
-    """What is added to prompts, `(batch * samples, n)` or `(..., codes)`; see `generate`, whose checks these are."""
+    """What is added to prompts, `(batch * samples, n)` or `(..., codes)`; see `generate`."""
+    samples, codes = options.get("samples", 1), getattr(model.head, "codes", 0)
+    out = []
+    with tqdm(total=max_new_tokens, unit="token", disable=not shown) as bar:
+        for piece in stream(model, prompts, max_new_tokens, **options):
+            out.append(piece)
+            bar.update(piece.shape[1])
+    return torch.cat(out, dim=1) if out else prompts[0].new_zeros(len(prompts) * samples, 0, *[codes] * bool(codes))
+
+
+def _check(
+    model: SequenceModel, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, samples: int, options: dict[str, Any]
+) -> None:
+    """Raise what `generate` raises for prompts, a model and settings that cannot be."""
     codes = getattr(model.head, "codes", 0)
     shapes = [tuple(one.shape) for one in prompts]
     if not shapes or any(len(one) != 1 + bool(codes) or not one[0] or one[1:] not in ((), (codes,)) for one in shapes):
@@ -162,30 +175,24 @@ def _added(
             "causal backbone, such as residual or unet."
         )
     model.check_stateful()
-    check_settings(options.get("temperature", 1.0), **{name: options.get(name, NEUTRAL[name]) for name in NEUTRAL})
+    check_settings(options["temperature"], **{name: options[name] for name in NEUTRAL})
     check_whole("max_new_tokens", max_new_tokens, 0)
-    check_whole("samples", samples := options.get("samples", 1), 1)
+    check_whole("samples", samples, 1)
     limits.SEQUENCES.check(len(shapes) * samples, "Generation")
     limits.GENERATED.check(len(shapes) * samples * max_new_tokens * max(codes, 1), "Generation")
-    given, numbers = options.get("given"), options.get("numbers")
+    given, numbers = options["given"], options["numbers"]
     if given is not None and given.shape != (len(shapes), max_new_tokens, *shapes[0][1:]):
         raise ConfigError(f"given must have the shape of what is added, not {tuple(given.shape)}.")
-    if (options.get("stop_ids") or options.get("stop")) and codes:
+    if (options["stop_ids"] or options["stop"]) and codes:
         raise ConfigError("What ends a sequence (stop_ids, stop) is for heads of one token a position.")
     if numbers is not None and numbers.shape != (len(shapes), samples):
         raise ConfigError(f"numbers must be {(len(shapes), samples)}, one a sample, not {tuple(numbers.shape)}.")
-    out = []
-    with tqdm(total=max_new_tokens, unit="token", disable=not shown) as bar:
-        for piece in stream(model, Prompts.of(prompts), max_new_tokens, **options):
-            out.append(piece)
-            bar.update(piece.shape[1])
-    return torch.cat(out, dim=1) if out else prompts[0].new_zeros(len(shapes) * samples, 0, *shapes[0][1:])
 
 
 @torch.no_grad()
 def stream(
     model: SequenceModel,
-    prompts: Prompts,
+    prompts: Tensor | Sequence[Tensor] | Prompts,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -209,18 +216,28 @@ def stream(
     read: tuple[list[Any], Tensor] | None = None,
     patience: float | None = None,
 ) -> Iterator[Tensor]:
-    """Continue prompts as `generate` does, whose arguments these are; neither the prompts nor what was added is held.
+    """Continue prompts as `generate` does, whose arguments these are, and give on what is added while it comes; it is
+    not held.
 
-    read: what `prefill` gave of the prompts, which stays as it is; None reads them. patience: seconds after which
-        tokens are given on; None is a quarter.
+    prompts: as of `generate` or, of several lengths, of `generate_all`.
+    read: the state after the prompts and the logits at their last position, `(batch, vocabulary)`, if they were read
+        before, as `model(ids, return_state=True)` gives them: `(output.state, output.logits[:, -1])`. It stays as it
+        is; None reads the prompts.
+    patience: seconds after which tokens are given on, 0 for each by itself; None is a quarter.
 
     Yields:
         What is added, in pieces `(batch * samples, n)` int64, or `(..., codes)`. When it is
         interrupted, a last piece comes before the KeyboardInterrupt.
 
     Raises:
-        ConfigError: settings out of range, or that do not go together. NotFinite: logits that are not finite numbers.
+        What `generate` raises, when the first piece is asked for.
     """
+    if not isinstance(prompts, Prompts):
+        asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        asked |= {"repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty}
+        asked |= {"stop_ids": stop_ids, "stop": stop, "given": given, "numbers": numbers}
+        _check(model, prompts, max_new_tokens, samples, asked)
+        prompts = Prompts.of(prompts)
     check_whole("max_new_tokens", max_new_tokens, 0)
     check_guidance(guidance)
     if guidance != 1 and condition is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -84,13 +85,7 @@ class DeltaMixer(Mixer):
                 f"{name}: n_value_heads {n_value_heads} is no multiple of n_heads {n_heads}, and each head of keys "
                 f"serves as many heads of values. Set n_value_heads to one, such as {n_heads}, or leave it out."
             )
-        value_dim = round(head_dim * expand_v)
-        if value_dim < 1 or abs(head_dim * expand_v - value_dim) > 1e-5 * value_dim:
-            raise ConfigError(
-                f"{name}: expand_v * head_dim, the channels of a head of values, must be a whole number of at least "
-                f"1, and {expand_v:g} * {head_dim} is not. Set expand_v to {max(1, value_dim) / head_dim:g}, or "
-                "head_dim to another."
-            )
+        value_dim = whole_width(name, "head_dim", head_dim, "expand_v", expand_v)
         check_not_negative(name, eps=eps)
         check_backend(name, "delta_rule", backend)
         self.name, self.d_model, self.d_conv = name, d_model, d_conv
@@ -219,6 +214,20 @@ def _heads(keys: int, n_heads: int | None, head_dim: int | None) -> tuple[int, i
         assert head_dim is not None
         return max(1, round(keys / max(1, head_dim))), head_dim
     return n_heads, max(1, min(128, keys // max(1, n_heads))) if head_dim is None else head_dim
+
+
+def whole_width(owner: str, of: str, width: int, key: str, share: float) -> int:
+    """share * width, a number of channels. owner: the mixer, key and of: the options' names, for the message.
+
+    Raises ConfigError unless it is a whole number of at least 1, up to rounding.
+    """
+    found = round(share * width) if math.isfinite(share) else 0
+    if found < 1 or abs(share * width - found) > 1e-5 * found:
+        raise ConfigError(
+            f"{owner}: {key} * {of}, a number of channels, must be a whole number of at least 1, and {share:g} * "
+            f"{width} is not. Set {key} to {max(1, found) / width:g}, or {of} to another."
+        )
+    return found
 
 
 def unit(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError, check_not_negative, check_positive, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
-from mambaseq.mixers.delta import HeadNorm
+from mambaseq.mixers.delta import HeadNorm, whole_width
 from mambaseq.ops import sequences
 from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -69,10 +69,13 @@ class GLA(Mixer):
         check_not_negative("gla", eps=eps)
         check_backend("gla", "delta_rule", backend)
         check_sizes("gla", d_model=d_model, gate_rank=gate_rank, chunk_size=chunk_size)
-        keys, values = int(expand_k * d_model), int(expand_v * d_model)
+        keys, values = (
+            whole_width("gla", "d_model", d_model, name, share)
+            for name, share in (("expand_k", expand_k), ("expand_v", expand_v))
+        )
         if n_heads is None:
             n_heads = next((n for n in (4, 2) if keys % n == 0 and values % n == 0), 1)
-        if n_heads < 1 or min(keys, values) < 1 or keys % n_heads or values % n_heads:
+        if n_heads < 1 or keys % n_heads or values % n_heads:
             raise ConfigError(
                 f"gla: n_heads {n_heads} does not divide the {keys} channels of queries and the {values} of values "
                 "(expand_k and expand_v times d_model). Set n_heads to a divisor of both, or leave it out."

@@ -49,12 +49,19 @@ def causal_lm(
 ) -> SequenceModel:
     """The usual language model over tokens: embedding, residual stack (see `ResidualStack`), tied head.
 
-    mixer_options: options of `mixer`. mixers: options of the other mixers in the pattern, and of the MLP.
+    mixer: its name; options of it are arguments like others (mixer_options). mixers: options of the other mixers in the
+        pattern, and of the MLP.
 
-    >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2)
+    Raises what `build_model` raises.
+
+    >>> model = causal_lm(vocab_size=256, d_model=64, n_layers=2, mixer="mamba3", d_state=32)
     >>> model(torch.zeros(1, 8, dtype=torch.long)).logits.shape
     torch.Size([1, 8, 256])
     """
+    if not isinstance(mixer, str):
+        raise ConfigError(
+            f"mixer must be a name, not {shown(mixer)}. Its options stand beside it: mixer='mamba3', d_state=32."
+        )
     return build_model(
         {
             "d_model": d_model,

@@ -64,7 +64,9 @@ def test_directions_with_one_projection_are_multiplied() -> None:
     ):
         with pytest.raises(ConfigError, match=told):
             stack(**options)
-    with pytest.raises(ConfigError, match="needs mixers with in_proj and out_proj; S4D has not"):
+    with pytest.raises(
+        ConfigError, match=r"needs mixers with in_proj and out_proj; S4D has not\. Leave it out, or take mamba"
+    ):
         stack("s4d", tie_projections=True)
 
 

@@ -244,3 +244,12 @@ def test_mistakes_in_a_configuration(tmp_path: Path, old: str, new: str, message
     assert old in MIXED
     with pytest.raises(ConfigError, match=message):
         parsed(tmp_path, MIXED.replace(old, new))
+
+
+def test_a_mixer_is_a_name_with_its_options_beside_it() -> None:
+    with pytest.raises(ConfigError, match=r"mixer must be a name, not .* mixer='mamba3', d_state=32"):
+        causal_lm(7, 8, 1, {"name": "mamba3", "d_state": 32})  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"chunk_length.*Attends is not one\. Take others, such as mamba, or do without"
+    ):
+        causal_lm(7, 8, 2, pattern=["mamba", "attention"], chunk_length=4)

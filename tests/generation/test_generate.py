@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import blocks, run_cell
 
 from mambaseq.errors import ConfigError, UserError
-from mambaseq.generation import generate, reading
+from mambaseq.generation import generate, reading, stream
 from mambaseq.generation.checks import NotFinite
 from mambaseq.generation.prompts import Prompts
 from mambaseq.generation.sampling import Draws, filter_logits, sample
@@ -260,3 +262,40 @@ def test_the_mode_stays_after_an_error_too(training: bool) -> None:
     assert all(module.training == training for module in model.modules())
     with pytest.raises(ConfigError, match="max_new_tokens"):
         generate(model, prompt, -1)
+
+
+def test_stream_gives_on_what_generate_adds_and_goes_on_from_a_state() -> None:
+    model = lively(mixer="gated_delta")
+    one, other = torch.randint(0, 29, (2, 5)), torch.randint(0, 29, (2, 4))
+    both = torch.cat([one, other], 1)
+    added = generate(model, both, 12, seed=3)[:, 9:]
+    pieces = list(stream(model, both, 12, seed=3, patience=0.0))
+    assert [piece.shape for piece in pieces] == [(2, 1)] * 12
+    assert torch.equal(torch.cat(pieces, 1), added)
+    with torch.no_grad():
+        begun = model(one, return_state=True)
+        told = model(other, state=begun.state, return_state=True)
+    read = told.state, told.logits[:, -1]
+    for _ in range(2):  # the state stays as it is
+        assert torch.equal(torch.cat(list(stream(model, both, 12, seed=3, read=read)), 1), added)
+    ragged = list(stream(model, [one[0], both[1]], 12, temperature=0))
+    expected = [generate(model, row[None], 12, temperature=0)[0, len(row) :] for row in (one[0], both[1])]
+    assert torch.equal(torch.cat(ragged, 1), torch.stack(expected))
+
+
+def test_stream_refuses_what_generate_refuses() -> None:
+    model = lively()
+    for prompt, settings, message in (
+        (torch.zeros(1, 0, dtype=torch.long), {}, "at least one token"),
+        (torch.zeros(1, 3, dtype=torch.long), {"top_p": 2.0}, "top_p must be"),
+        (torch.zeros(1, 3, dtype=torch.long), {"samples": 0}, "samples must be"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            next(stream(model, prompt, 3, **settings))
+
+
+def test_the_page_on_generating_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "text" / "generating.md"
+    ((cell, line),) = [(text, line) for kind, text, line in blocks(page) if kind == "python" and "stream(" in text]
+    run_cell(cell, page, line, {})
+    assert len(capsys.readouterr().out.splitlines()) > 20  # 20 for the first, fewer pieces for the second

@@ -44,7 +44,9 @@ def test_is_the_published_layer() -> None:
     ("options", "message"),
     [
         ({"n_heads": 3}, "n_heads 3 does not divide the 4 channels of queries and the 8 of values"),
-        ({"expand_k": 0.1}, "the 0 channels of queries"),
+        ({"expand_k": 0.1}, r"expand_k \* d_model, .* 0.1 \* 8 is not. Set expand_k to 0.125"),
+        ({"expand_k": 0.3}, r"0.3 \* 8 is not. Set expand_k to 0.25, or d_model to another"),
+        ({"expand_v": 0.7}, r"expand_v \* d_model, .* 0.7 \* 8 is not. Set expand_v to 0.75"),
         ({"expand_v": 0.0}, "expand_v"),
         ({"gate_rank": 0}, "gate_rank must be positive, not 0"),
         ({"normalizer": 0.0}, "normalizer"),
@@ -53,3 +55,8 @@ def test_is_the_published_layer() -> None:
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GLA(8, **options)
+
+
+def test_a_share_that_is_not_exact_in_binary_is_whole() -> None:
+    mixer = GLA(100, n_heads=1, expand_k=0.29)  # 0.29 * 100 is 28.999999999999996
+    assert mixer.key_dim == 29
