@@ -116,7 +116,10 @@ def layers_of(measure: Measure, length: int, width: int, layers: int) -> None:
     row: dict[str, Any] = {"name": "block, of a stack", "length": length, "ranks": context.size}
     for key in ("one", *FORMS):
         if all(half.get(f"{key}_s") for half in halves):
-            row[f"{key}_s"] = (halves[1][f"{key}_s"] - halves[0][f"{key}_s"]) / (layers - layers // 2)
+            more = halves[1][f"{key}_s"] - halves[0][f"{key}_s"]
+            if more <= 0:  # times of small layers differ more from one another than by what a layer takes
+                continue
+            row[f"{key}_s"] = more / (layers - layers // 2)
             if key != "one" and row.get("one_s"):
                 row[f"{key}_efficiency"] = row["one_s"] / (context.size * row[f"{key}_s"])
     measure.keep(row)

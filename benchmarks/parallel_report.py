@@ -126,9 +126,9 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "several devices", "svg.fonttype": "none"}):
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
-        for name, points in lines.items():
-            counts = sorted(points)
-            axes.plot(counts, [100 * points[count] for count in counts], marker="o", label=name)
+        for number, (name, points) in enumerate(lines.items()):
+            counts, dashes = sorted(points), ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colours
+            axes.plot(counts, [100 * points[count] for count in counts], dashes, marker="o", label=name)
         axes.set_xscale("log", base=2)
         counts = sorted({count for points in lines.values() for count in points} or {1})
         axes.set_xticks(counts, [str(count) for count in counts])

@@ -12,7 +12,7 @@ from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, r
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, cut
 from mambaseq.importing import uncollected
-from mambaseq.reporting.runs import RunFolder
+from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import model_folder
 
 
@@ -53,7 +53,8 @@ def run(argv: list[str], command: str) -> int:
         from mambaseq.runs.evaluation import evaluate
 
     results = evaluate(folder, command, overrides, baselines=arguments.baselines, dtype=arguments.dtype)
-    print(told(results))
+    if rank() == 0:  # of several processes, the others have neither intervals nor baselines
+        print(told(results))
     return 0
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
@@ -44,7 +45,7 @@ def make_trainer(
 ) -> lightning.Trainer:
     """Lightning's trainer as configured, with our callbacks, loggers and checkpoint writer added.
 
-    Raises ConfigError when Lightning refuses the settings.
+    Raises ConfigError when Lightning refuses the settings, or would train in copies of this process.
     """
     options = dict(settings.trainer)
     for key, taken, why in _DECIDED:
@@ -72,7 +73,14 @@ def make_trainer(
     defaults = inspect.signature(lightning.Trainer).parameters
     given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
     with explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
-        return lightning.Trainer(**options)
+        trainer = lightning.Trainer(**options)
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # Lightning's choice in a notebook with GPUs
+        raise ConfigError(
+            "trainer.strategy would train in copies of this process (spawn or fork), whose weights never come back to "
+            "it. Set trainer.strategy to ddp or fsdp2, which start the command again on each device; in a notebook set "
+            "trainer.devices to 1, or run `mambaseq fit` in a terminal."
+        )
+    return trainer
 
 
 def _check_devices(devices: Any) -> None:

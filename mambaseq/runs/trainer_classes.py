@@ -79,6 +79,9 @@ _OURS = {
 _NO_FSDP = "runs are not sharded by Lightning's FSDP. Use trainer.strategy fsdp2, which does the same, also on CPUs."
 
 
+_COPIES = re.compile("_(spawn|fork|notebook)")  # strategies that `trainer.make_trainer` refuses
+
+
 class TrainerClasses:
     """The value of such a key as written: plain values, with `class_path` and `init_args` where a class is named."""
 
@@ -165,7 +168,7 @@ def _check_short(key: str, name: str, where: str) -> None:
         return
     if (name.lower() if key == "profiler" else name) not in known:
         known = list(dict.fromkeys([*_OURS[key], *known]))
-        known = [name for name in known if not name.endswith("Strategy")]
+        known = [name for name in known if not name.endswith("Strategy") and not _COPIES.search(name)]
         raise ConfigError(
             f"{where}: there is no {key} {shown(name, 200)}.{did_you_mean(name[:80], known)} Known: "
             f"{cut_list(known, most=40)}; or a class, as {{class_path: NAME, init_args: {{...}}}}."

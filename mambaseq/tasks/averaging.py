@@ -53,8 +53,8 @@ class WeightAverage(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
-                f"ema.decay works on one device and under ddp, not under {type(trainer.strategy).__name__}, where no "
-                f"process has whole weights. Set it to 0, or set trainer.strategy."
+                "ema.decay averages whole weights, which every process has on one device and under trainer.strategy "
+                "ddp, but not under the one that is set. Set ema.decay to 0, or trainer.strategy to ddp."
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -53,6 +53,9 @@ def test_rows_of_any_number_of_gpus_are_told_and_drawn(tmp_path: Path, monkeypat
     pairs = "step, ddp x context parallel 2, 1,048,576 positions, relayed"
     for words in ("step, 131,072 positions, relayed", pairs, "fit, ddp x context parallel", "GPUs of one host"):
         assert words in drawn
+    assert "stroke-dasharray" not in drawn
+    parallel_report.picture([step(2, 5.0) | {"length": length} for length in range(128, 139)], pictures[0])
+    assert "stroke-dasharray" in pictures[0].read_text(encoding="utf-8")  # an eleventh line, and ten colours
     parallel_report.picture([], tmp_path / "empty.png")
     assert "torch" not in vars(parallel_report)
     sys.modules.pop("parallel_report")

@@ -128,8 +128,11 @@ def test_short_names_of_the_trainer_are_told_with_ours() -> None:
 
     with pytest.raises(ConfigError, match=r"profiler 'part'\. Did you mean 'parts'\? Known: parts, simple"):
         make_classes("profiler", "part")
-    with pytest.raises(ConfigError, match=r"strategy 'dpp'\. Did you mean 'ddp'\? Known: fsdp2, ddp, auto, ddp_spawn"):
+    with pytest.raises(
+        ConfigError, match=r"strategy 'dpp'\. Did you mean 'ddp'\? Known: fsdp2, ddp, auto, ddp_find"
+    ) as told:
         make_classes("strategy", "dpp")
+    assert "fork" not in str(told.value)  # refused, as are others of its kind
     for sharded in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy", {"class_path": "FSDPStrategy"}):
         with pytest.raises(ConfigError, match=r"Use trainer\.strategy fsdp2"):
             make_classes("strategy", sharded)

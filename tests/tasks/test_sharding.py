@@ -106,7 +106,7 @@ def test_weights_that_no_process_has_whole_are_not_averaged() -> None:
     """And the page on several devices says so."""
     trainer: Any = SimpleNamespace(strategy=make_classes("strategy", "fsdp2"))
     task = Task(causal_lm(7, 8, 1))
-    with pytest.raises(ConfigError, match=r"ema\.decay works on one device and under ddp.* Set it to 0"):
+    with pytest.raises(ConfigError, match=r"trainer\.strategy ddp, but not .* Set ema\.decay to 0"):
         WeightAverage(task.model, 0.5).setup(trainer, task, "fit")
     page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
     (refused,) = (item for item in page.partition("## What is refused")[2].split("\n- ") if "`fsdp2` with" in item)

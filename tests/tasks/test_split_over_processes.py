@@ -177,6 +177,20 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, monkeypatch: py
         make_context(1, SingleDeviceStrategy("cpu"))
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp_fork", "ddp_spawn", "{class_path: DDPStrategy, init_args: {start_method: fork}}"]
+)
+def test_copies_of_a_process_are_no_processes_of_a_run(strategy: str, tmp_path: Path, capsys) -> None:
+    """Their weights would be lost when training is over."""
+    assert (
+        main(
+            [*config(tmp_path), "--out", str(tmp_path / "run"), "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+        )
+        == 2
+    )
+    assert "Set trainer.strategy to ddp or fsdp2" in capsys.readouterr().err
+
+
 class Whole(BitsPerToken):
     """One that no part can update."""
 

@@ -107,6 +107,20 @@ def test_the_average_is_validated_and_exported(config: Path, tmp_path: Path) -> 
     assert RunFolder(out).read_results() == before
 
 
+def test_the_first_of_several_processes_tells_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = RunFolder(tmp_path)
+    run.config.write_text("{}")
+    monkeypatch.setattr("mambaseq.runs.evaluation.evaluate", lambda *_, **__: {"val/accuracy": 0.5})
+    for variables, lines in (({}, 1), ({"LOCAL_RANK": "1"}, 0), ({"RANK": "2", "LOCAL_RANK": "0"}, 0)):
+        with monkeypatch.context() as patched:
+            for name, value in variables.items():
+                patched.setenv(name, value)
+            assert main(["validate", "--checkpoint", str(tmp_path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_an_average_of_tied_weights_and_of_a_run_on_its_way(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     killer = '--trainer.callbacks=[{"class_path": "tasks.test_resume.Killer", "init_args": {"step": 4}}]'
