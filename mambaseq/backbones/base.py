@@ -229,7 +229,7 @@ class Backbone(nn.Module, abc.ABC):
         if not self.splits_time:
             raise ConfigError(
                 f"The backbone {name} needs whole sequences, so these cannot be split over ranks (context parallel). "
-                "Use the backbone residual, or one rank."
+                "Use the backbone residual, or one rank (model.backbone.context_parallel 1)."
             )
         for mixer in self.mixers():
             if not mixer.causal:

@@ -160,11 +160,13 @@ class UNet(Backbone):
     def _run(
         self, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
     ) -> tuple[Tensor, list[Any]]:
-        if relay.current() is not None:
-            self.check_bounded("A unet over a part of sequences")
         y, states = self._tier(self.top, x.float(), state, cu_seqlens, return_state)
         y, _ = self.norm_f(None, y)
         return y, states
+
+    def check_splits_time(self) -> None:
+        super().check_splits_time()
+        self.check_bounded("A unet over a part of sequences")
 
     def _gathers(self, part: Part) -> bool:
         """Never: a part need not begin with a window."""

@@ -185,7 +185,10 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     if finetune.freeze:
         callbacks.append(Freezing(model, finetune))
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
-    check_processes(getattr(model.backbone, "context_parallel", 1), trainer.world_size)  # before others are started
+    shared = getattr(model.backbone, "context_parallel", 1)
+    check_processes(shared, trainer.world_size)  # before others are started, each of which would say it, too
+    if shared > 1:
+        model.check_splits_time()
     if isinstance(trainer.profiler, StepParts):  # type: ignore[attr-defined]
         trainer.profiler.watch(task)  # type: ignore[attr-defined]
     with _undone_if_refused(folder, trainer) if begins and not resume else contextlib.nullcontext():

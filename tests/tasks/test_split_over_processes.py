@@ -169,8 +169,12 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, monkeypatch: py
     assert "trainer.devices" in told
     with monkeypatch.context() as patched:  # before another process is started, which would say it once more
         patched.setattr("subprocess.Popen", None)
-        assert main([*fit, "3", "--trainer.devices=2", "--trainer.strategy=ddp"]) == 2
-    assert "over 3 processes, but there are 2" in capsys.readouterr().err
+        two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+        assert main([*fit, "3", *two]) == 2
+        assert "over 3 processes, but there are 2" in capsys.readouterr().err
+        whole = ["--model.backbone.name=unet", "--model.backbone.chunk_length=null", "--model.mixer.name=attention"]
+        assert main([*fit, "2", *two, *whole]) == 2
+    assert "A unet over a part of sequences needs" in capsys.readouterr().err
     assert main([*fit, "0"]) != 0
     assert "context_parallel" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy\. Set it to one of them"):
