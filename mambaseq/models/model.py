@@ -127,7 +127,7 @@ class SequenceModel(nn.Module):
         for one in needing:
             raise ConfigError(
                 f"{one} does not declare that what it makes of a position depends on nothing else (position_wise), so "
-                "sequences cannot be split over ranks (context parallel). Use another one, such as the encoder 'tokens' "
+                "sequences cannot be split over ranks (context parallel). Use another, such as the encoder 'tokens' "
                 "and the head 'lm', or one rank (model.backbone.context_parallel 1)."
             )
         if padded_states:
