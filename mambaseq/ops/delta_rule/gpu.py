@@ -88,8 +88,8 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool, room: int
         output=Shape(4, 1, 128 // wide, 128),
         walk_back=walk_back,
         gradients=Shape(8, 1, rows, 128 // wide),
-        of_pairs=Shape(4, 1, rows),
-        of_channels=Shape(4, 1, rows, _NARROWEST),
+        of_pairs=Shape(8, 1, rows),
+        of_channels=Shape(8, 1, rows, _NARROWEST),
     )
 
 
@@ -144,9 +144,10 @@ def why_not_these(arguments: DeltaArguments) -> str | None:
 
 
 class _Call:
-    """Arguments as the kernels take them, pairs, and room for what is kept between kernels."""
+    """Arguments as the kernels take them, pairs, and room for what is kept between kernels; `backward` keeps more of
+    the pairs."""
 
-    def __init__(self, a: Given) -> None:
+    def __init__(self, a: Given, backward: bool = False) -> None:
         self.kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_kernels")
         self.channels = a.g is not None and a.g.ndim == 4
         self.given = a
@@ -193,9 +194,10 @@ class _Call:
         kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_channels")
         self.exact = dtype != torch.bfloat16
         self.sums = self.empty(2 if self.exact else 1, _SIZE, self.d_key, dtype=torch.float32)
+        self.overlaps = torch.empty_like(self.scores) if backward and a.beta is not None else None
         kernels.pairs_of_channels[grid](
             *self.of_pairs, *self.rates, self.table, *self.place, self.total, self.sums, self.scores, self.inverse,
-            q_down, k_down, self.up, self.heads, self.heads_of_key, EXACT=self.exact, **common,
+            self.overlaps, q_down, k_down, self.up, self.heads, self.heads_of_key, EXACT=self.exact, **common,
         )  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -291,7 +293,7 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
     """
     kernels: Any = importlib.import_module("mambaseq.ops.delta_rule.triton_backward")
     with portable.on(a.v):
-        call = _Call(a)
+        call = _Call(a, backward=True)
         states, written, _ = call.walk(False)
         dy = dual.side_by_side(dy.to(a.v.dtype))
         left, errors = torch.empty_like(states), torch.empty_like(written)
@@ -318,7 +320,7 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
             return torch.empty(n, *value.shape, dtype=dtype, device=dv.device)
 
         dbeta = of_blocks(a.beta)
-        tensors = (*call.of_pairs, call.v, *call.v.stride()[:3], dy, *dy.stride()[:3])
+        values, cotangents = (call.v, *call.v.stride()[:3]), (dy, *dy.stride()[:3])
         after = (dbeta, call.batch * call.length * call.heads, call.heads, call.heads_of_key)
         grid = (call.chunks, call.heads, n)
         if call.channels:
@@ -327,20 +329,22 @@ def backward_into(a: Given, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor |
             dg: Tensor | None = torch.empty(a.g.shape, dtype=a.g.dtype, device=dv.device)
             of = call.plan.of_pairs
             of_pairs = torch.empty_like(call.scores)
-            of_keys = None if a.beta is None else torch.empty_like(call.scores)
+            of_keys = of_rates = None
+            if a.beta is not None:
+                of_keys, of_rates = torch.empty_like(call.scores), call.empty(_SIZE, dtype=torch.float32)
             kernels.gradients_of_pairs[grid[:2]](
-                dy, *dy.stride()[:3], written, errors, call.table, *call.place, of_pairs, of_keys, call.heads,
-                P=call.d_value, BLOCK_P=min(_block(call.d_value), of.rows), SIZE=_SIZE, REVERSE=a.reverse,
-                num_warps=of.warps, num_stages=of.stages,
+                *values, *cotangents, *call.rates[4:], written, errors, call.overlaps, call.table, *call.place, dv,
+                of_pairs, of_keys, of_rates, call.heads, P=call.d_value, BLOCK_P=min(_block(call.d_value), of.rows),
+                SIZE=_SIZE, REVERSE=a.reverse, num_warps=of.warps, num_stages=of.stages,
             )  # fmt: skip
             kernels.gradients_of_channels[grid](
-                *tensors, *call.rates[4:], call.total, call.sums, states, left, written, errors, of_pairs, of_keys,
-                call.table, *call.place, dq, dk, dv, dg, *after, EXACT=call.exact, **blocks,
+                *call.of_pairs, *cotangents, *call.rates[4:], call.total, call.sums, states, left, written, errors,
+                of_pairs, of_keys, of_rates, call.table, *call.place, dq, dk, dg, *after, EXACT=call.exact, **blocks,
             )  # fmt: skip
         else:
             dg = of_blocks(a.g)
             kernels.gradients[grid](
-                *tensors, *call.rates[4:], call.total, states, left, written, errors,
+                *call.of_pairs, *values, *cotangents, *call.rates[4:], call.total, states, left, written, errors,
                 call.table, *call.place, dq, dk, dv, dg, *after, **blocks,
             )  # fmt: skip
             dg = _over_blocks(dg, a.g)

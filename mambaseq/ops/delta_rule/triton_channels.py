@@ -7,6 +7,11 @@ positions, four and so on are cut in their middle, where the two factors meet, s
 the chunk's beginning. In bfloat16 there is one part. Else there are two, EXACT: sums of multiples of 1/64, which have
 all their digits, and of what is left, so that the differences have float32's.
 
+Backward, a product on a level does for both of those that meet: matrices are their own mirror images, and rows of its
+right side are of q where they come later and of k where they come earlier. What a pair's span says of its log-decays is
+added at its later end and taken away at its earlier one, to be summed from behind: both are sums of the same rounded
+products, so that nothing but float32's rounding is left of spans that do not reach over a position.
+
 For `walk`, `output` and `walk_back` there are Q↓, K↓ and K↑ (chunks, heads, SIZE, d_key), and `total` (chunks, heads,
 d_key), the log-decay of a whole chunk.
 """
@@ -25,16 +30,9 @@ from mambaseq.ops.delta_rule.triton_kernels import (
     _kept,
     _rows,
 )
-from mambaseq.ops.ssd.triton_kernels import _chunk, _narrow, _rounded, _row
+from mambaseq.ops.ssd.triton_kernels import _chunk, _rounded, _row
 
 _LEVELS = tl.constexpr(6)  # until blocks of SIZE are single positions
-
-
-@triton.jit
-def _between(i, r, level):
-    """Whether position r lies between i and the middle of i's block: of what comes after the earlier of both."""
-    middle = (i >> level | 1) << level  # the first position of the later half
-    return tl.where((i >> level) % 2 == 1, (r >= middle) & (r <= i), (r > i) & (r < middle))
 
 
 @triton.jit
@@ -104,11 +102,12 @@ def _to_middle(coarse, fine, sums, i, n, level, N, SIZE: tl.constexpr, EXACT: tl
 @triton.jit(do_not_specialize=_CHANGING)
 def pairs_of_channels(
     q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, g, g_batch, g_row, g_head, beta, b_batch, b_row, b_head,
-    table, chunks, chunks_of_row, length, total, sums, scores, inverse, q_down, k_down, k_up, heads, heads_of_key,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr, EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    table, chunks, chunks_of_row, length, total, sums, scores, inverse, kept_overlaps, q_down, k_down, k_up, heads,
+    heads_of_key, N: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See `pairs`; and `sums`, Q↓, K↓ and K↑, those of keys only with beta for K↓."""
+    """See `pairs`; and `sums`, Q↓, K↓ and K↑, those of keys only with beta for K↓; and tril(K K↓ᵀ, -1), if there
+    is room for it (`kept_overlaps`)."""
     OPERAND: tl.constexpr = k.dtype.element_ty
     PARTS: tl.constexpr = 2 if EXACT else 1
     c = tl.program_id(0)
@@ -163,17 +162,21 @@ def pairs_of_channels(
     tl.store(scores + at, _as(products, scores.dtype.element_ty))
     if beta is not None:
         rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
+        if kept_overlaps is not None:
+            tl.store(kept_overlaps + at, _as(overlaps, kept_overlaps.dtype.element_ty))
         below = overlaps * rate.to(tl.float32)[:, None]
         tl.store(inverse + at, _as(_inverse(below, SIZE, PRECISION), inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def gradients_of_pairs(
-    dy, dy_batch, dy_row, dy_head, written, errors, table, chunks, chunks_of_row, length, of_pairs, of_keys, heads,
+    v, v_batch, v_row, v_head, dy, dy_batch, dy_row, dy_head, beta, b_batch, b_row, b_head, written, errors, overlaps,
+    table, chunks, chunks_of_row, length, dv, of_pairs, of_keys, of_rates, heads,
     P: tl.constexpr, BLOCK_P: tl.constexpr, SIZE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """dy Uᵀ and, with beta, -Z Uᵀ (chunks, heads, SIZE, SIZE), of which `gradients_of_channels` takes what is below the
-    diagonal; a program takes a head of a chunk."""
+    """dv (batch, length, heads, d_value), contiguous; dy Uᵀ and, with beta, -β Z Uᵀ (chunks, heads, SIZE, SIZE), both
+    with the mirror image of what is below the diagonal above it; and what v and `overlaps`, those that
+    `pairs_of_channels` kept, say of beta (chunks, heads, SIZE). A program takes a head of a chunk."""
     c = tl.program_id(0)
     h = tl.program_id(1)
     i = tl.arange(0, SIZE)
@@ -181,9 +184,17 @@ def gradients_of_pairs(
     row = -i if REVERSE else i
     here = i < count
     which = c.to(tl.int64) * heads + h
+    v = _row(v, v_batch, v_row, batch, first) + h * v_head
     dy = _row(dy, dy_batch, dy_row, batch, first) + h * dy_head
+    dv += (batch * length + first) * (heads * P) + h * P
+    rate = tl.full([SIZE], 1.0, dtype=tl.float32)
+    if beta is not None:
+        rate *= tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
+    of_rate = tl.zeros([SIZE], dtype=tl.float32)
     pairs = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    mirrored = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    mirrored_keys = tl.zeros([SIZE, SIZE], dtype=tl.float32)
     for p0 in range(0, P, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         dys = _rows(dy, row, dy_row, p, here, P)
@@ -191,25 +202,38 @@ def gradients_of_pairs(
         mask = (p < P)[:, None] & here[None, :]
         u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
         pairs += _dot(dys, u) * power
-        if of_keys is not None:
-            z, more = _kept(tl.load(errors + of_u, mask=mask, other=0.0), dys)
+        mirrored += _dot(tl.trans(u), tl.trans(dys)) * power
+        z = tl.load(errors + of_u, mask=mask, other=0.0)
+        wide = tl.trans(z).to(tl.float32)
+        tl.store(
+            dv + row[:, None] * (heads * P) + p[None, :], _as(wide * rate[:, None], dv.dtype.element_ty),
+            mask=here[:, None] & (p < P)[None, :],
+        )  # fmt: skip
+        if beta is not None:
+            of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P).to(tl.float32), axis=1)
+            z, more = _kept(z, dys)
             keys -= _dot(tl.trans(z), u) * (power * more)
+            mirrored_keys -= _dot(tl.trans(u), z) * (power * more)
+    above = i[:, None] < i[None, :]
     at = which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :]
-    tl.store(of_pairs + at, _as(pairs, of_pairs.dtype.element_ty))
-    if of_keys is not None:
+    tl.store(of_pairs + at, _as(tl.where(above, mirrored, pairs), of_pairs.dtype.element_ty))
+    if beta is not None:
+        of_rate += tl.sum(keys * tl.load(overlaps + at).to(tl.float32), axis=1)
+        tl.store(of_rates + which * SIZE + i, of_rate)
+        keys = tl.where(above, mirrored_keys * rate[None, :], keys * rate[:, None])
         tl.store(of_keys + at, _as(keys, of_keys.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_CHANGING)
 def gradients_of_channels(
-    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, v, v_batch, v_row, v_head, dy, dy_batch, dy_row, dy_head,
-    beta, b_batch, b_row, b_head, total, sums, states, left, written, errors, of_pairs, of_keys,
-    table, chunks, chunks_of_row, length, dq, dk, dv, dg, dbeta, apart, heads, heads_of_key,
+    q, q_batch, q_row, q_head, k, k_batch, k_row, k_head, dy, dy_batch, dy_row, dy_head,
+    beta, b_batch, b_row, b_head, total, sums, states, left, written, errors, of_pairs, of_keys, of_rates,
+    table, chunks, chunks_of_row, length, dq, dk, dg, dbeta, apart, heads, heads_of_key,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
     REVERSE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """See `gradients`; dg (batch, length, heads, d_key)."""
-    OPERAND: tl.constexpr = v.dtype.element_ty
+    """See `gradients`, but dv; dg (batch, length, heads, d_key)."""
+    OPERAND: tl.constexpr = dy.dtype.element_ty
     BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     c = tl.program_id(0)
     h = tl.program_id(1)
@@ -220,9 +244,7 @@ def gradients_of_channels(
     row = -i if REVERSE else i
     here = i < count
     which = c.to(tl.int64) * heads + h
-    v = _row(v, v_batch, v_row, batch, first) + h * v_head
     dy = _row(dy, dy_batch, dy_row, batch, first) + h * dy_head
-    dv += (batch * length + first) * (heads * P) + h * P
     at = (batch * length + first) * (heads * N) + h * N + row[:, None] * (heads * N) + n[None, :]
     inside = here[:, None] & (n < N)[None, :]
     rate = tl.zeros([SIZE], dtype=tl.float32)
@@ -245,23 +267,14 @@ def gradients_of_channels(
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
         mask = (p < P)[:, None] & here[None, :]
         u = tl.load(written + of_u, mask=mask, other=0.0)
-        z = tl.load(errors + of_u, mask=mask, other=0.0)
         flow += tl.sum(entered.to(tl.float32) * dleft.to(tl.float32), axis=0)
-        if block == 0:
-            wide = tl.trans(z).to(tl.float32)
-            if beta is not None:
-                of_rate += tl.sum(wide * _rows(v, row, v_row, p, here, P).to(tl.float32), axis=1)
-                wide *= rate[:, None]
-            tl.store(
-                dv + row[:, None] * (heads * P) + p[None, :], _as(wide, OPERAND), mask=here[:, None] & (p < P)[None, :]
-            )
         entered, of_entered = _kept(entered, dys)
         dleft, of_left = _kept(dleft, dys)
         u, of_written = _kept(u, dys)
         of_q += _dot(dys, entered) * of_entered
         of_k += _dot(tl.trans(u), dleft) * (of_written * of_left)
         if beta is not None:
-            z, of_error = _kept(z, dys)
+            z, of_error = _kept(tl.load(errors + of_u, mask=mask, other=0.0), dys)
             of_read -= _dot(tl.trans(z), entered) * (of_error * of_entered)
 
     later, earlier = i[:, None], i[None, :]
@@ -278,44 +291,45 @@ def gradients_of_channels(
         of_read *= rate[:, None]
         since += of_read * ks.to(tl.float32)
     of_k *= _until(coarse, fine, sums, n, N, SIZE, EXACT)
-    of_decay = _summed(later <= earlier, since, EXACT)
-    of_decay += _summed(later > earlier, of_k * ks.to(tl.float32), EXACT)
-    of_decay += (_decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow)[None, :]
+    until = of_k * ks.to(tl.float32)
+    flow = _decay(tl.load(total + which * N + n, mask=n < N, other=0.0)) * flow + tl.sum(until, axis=0)
+    since -= until
     of_k += of_read
-    # by pairs; in the second of each two rows are the earlier positions
+    # by pairs, and with beta by pairs of keys
     of_pairs += which * (SIZE * SIZE)
     itself = tl.load(of_pairs + i * (SIZE + 1)).to(tl.float32)[:, None]
     of_q += itself * ks.to(tl.float32)
     of_k += itself * qs.to(tl.float32)
-    none = tl.zeros([SIZE, SIZE], dtype=OPERAND)
+    # float32 takes the registers that 16 bits take, and no instructions to widen it
+    wide_k, wide_q = ks.to(tl.float32), qs.to(tl.float32)
     pairs, scale = _kept(tl.load(of_pairs + later * SIZE + earlier), ks)
-    back, scale_back = _kept(tl.load(of_pairs + earlier * SIZE + later), ks)
+    pairs = pairs.to(tl.float32)
     if beta is not None:
-        of_keys += which * (SIZE * SIZE)
-        keys, scale_keys = _kept(tl.load(of_keys + later * SIZE + earlier), ks)
-        keys_back = tl.load(of_keys + earlier * SIZE + later).to(tl.float32) * rate[None, :]
-        keys_back, scale_keys_back = _narrow(keys_back, ks)
+        keys, scale_keys = _kept(tl.load(of_keys + which * (SIZE * SIZE) + later * SIZE + earlier), ks)
+        keys = keys.to(tl.float32)
     for level in range(0, _LEVELS):
         decay = _to_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
-        half = later >> level  # those of a block meet
-        meeting = (half - 1 == earlier >> level) & (half & 1 == 1)
-        meeting_back = (half + 1 == earlier >> level) & (half & 1 == 0)
-        right = _as(ks.to(tl.float32) * decay, OPERAND)
-        narrow = _as(qs.to(tl.float32) * decay, OPERAND)
-        by_q = _dot(tl.where(meeting, pairs, none), right) * scale
-        by_k = _dot(tl.where(meeting_back, back, none), narrow) * scale_back
+        meeting = later >> level ^ earlier >> level == 1
+        half = later >> level & 1
+        second = half.to(tl.float32)
+        mixed = _as(tl.where(half == 1, wide_q, wide_k) * decay, OPERAND)
+        by_pairs = _dot(_as(tl.where(meeting, pairs, 0.0), OPERAND), mixed) * scale
+        said = by_pairs * mixed.to(tl.float32)
+        by_pairs *= decay
+        of_q += by_pairs * second
+        of_k += by_pairs * (1.0 - second)
         if beta is not None:
-            by_read = _dot(tl.where(meeting, keys, none), right) * scale_keys
-            of_rate += tl.sum(by_read * right.to(tl.float32), axis=1)
-            by_k += by_read * rate[:, None]
-            by_k += _dot(tl.where(meeting_back, keys_back, none), right) * scale_keys_back
-        said = by_q * narrow.to(tl.float32) + by_k * right.to(tl.float32)
-        of_decay += _summed(_between(earlier, later, level), said, EXACT)
-        of_q += by_q * decay
-        of_k += by_k * decay
+            right = _as(wide_k * decay, OPERAND)
+            by_keys = _dot(_as(tl.where(meeting, keys, 0.0), OPERAND), right) * scale_keys
+            said += by_keys * right.to(tl.float32)
+            of_k += by_keys * decay
+        since += said * (2.0 * second - 1.0)
+    of_decay = _summed(later <= earlier, since, EXACT) + flow[None, :]
     tl.store(dq + at, _as(of_q, dq.dtype.element_ty), mask=inside)
     tl.store(dk + at, _as(of_k, dk.dtype.element_ty), mask=inside)
     tl.store(dg + at, _as(of_decay, dg.dtype.element_ty), mask=inside)
     if dbeta is not None:
+        if block == 0:
+            of_rate += tl.load(of_rates + which * SIZE + i)
         into = block * apart + (batch * length + first) * heads + h + row * heads
         tl.store(dbeta + into, _as(of_rate, dbeta.dtype.element_ty), mask=here)
