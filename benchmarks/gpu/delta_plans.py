@@ -32,7 +32,9 @@ OTHERS: dict[str, list[dict[str, gpu.Shape]]] = {
         for shape in (gpu.Shape(w, s, r) for r, w, s in itertools.product(ROWS, WARPS, STAGES))
     ],
     "pairs": [{"pairs": gpu.Shape(w, 1, 0, c)} for w, c in ((8, 64), (16, 128))],
-    "gradients": [{"of_channels": gpu.Shape(w, 1, r, 64)} for w, r in ((4, 64), (8, 128), (16, 64))],
+    "gradients": [
+        {"of_channels": gpu.Shape(w, s, r, 64)} for w, s, r in ((4, 1, 64), (8, 2, 64), (8, 1, 128), (16, 1, 64))
+    ],
 }
 KERNELS = ("pairs", "walk", "output", "walk_back", "gradients", "gradients_of_pairs")
 TRITON = BACKENDS["triton"]

@@ -107,6 +107,15 @@ def test_kernels_with_a_decay_a_channel_in_full_precision() -> None:
         assert relative_rms_error(actual, expected) < 1e-5
 
 
+def test_gradients_with_a_decay_a_channel_in_full_precision() -> None:
+    """Of log-decays, from which spans that do not reach over them are taken away again: nothing is left of these."""
+    made = first_head(drawn("full gradients, channels", 1, 66, rate=0.1, channels=True, key_heads=1))
+    assert made.g is not None
+    made.g[:, 20::16] -= 30
+    assert_near(made, torch.float32, PLACE)
+    assert_near(made._replace(beta=None, reverse=True), torch.float32, PLACE)
+
+
 def test_kernels_with_a_decay_a_channel() -> None:
     """Forgetting all and nothing; padding of a chunk, and a second one."""
     made = forgetful(drawn("channels", 1, 66, channels=True, key_heads=1))
