@@ -50,7 +50,8 @@ class Judge:
 
     def __post_init__(self) -> None:
         self.bootstrap = Bootstrap.of(self.answers, self.groups)
-        self.metrics = {name: metric for name, metric in self.metrics.items() if self._measures(name, metric)}
+        alone = {name: _alone(metric) for name, metric in self.metrics.items()}
+        self.metrics = {name: metric for name, metric in alone.items() if self._measures(name, metric)}
         self.own = self.bootstrap.measure(self.metrics, self.answers)
 
     def _measures(self, name: str, metric: Metric) -> bool:
@@ -181,6 +182,17 @@ class Judge:
 def _rows(outputs: Any) -> Tensor:
     found = torch.as_tensor(np.asarray(outputs)).float()
     return found[:, None] if found.dim() == 1 else found
+
+
+def _no_others() -> bool:
+    return False
+
+
+def _alone(metric: Metric) -> Metric:
+    """A copy that does not ask other processes: the answers are those of all, and only the first process judges."""
+    copy = metric.clone()
+    copy.distributed_available_fn = _no_others
+    return copy
 
 
 def _computed(metric: Metric, answers: Answers) -> float:

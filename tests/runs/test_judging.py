@@ -194,6 +194,16 @@ def test_a_model_that_answers_all_alike_is_told_as_such(
         assert judged(data, metric, but_one)[0].one_answer(data.class_names) == ""
 
 
+def test_one_of_several_processes_judges_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of all; it would wait for processes that have ended."""
+    judge, _ = judged(Parity(), "accuracy", lambda item: torch.eye(2)[item.inputs[:, 0] % 2] * 2)
+    metric = catalog()["metrics"].get("accuracy")(Parity().class_names)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    again = Judge({"accuracy": metric}, judge.figures, "accuracy", judge.answers, judge.groups)
+    assert again.intervals() == judge.intervals()
+    assert "accuracy" in again.intervals()["metrics"]
+
+
 def test_labels_that_are_always_the_same() -> None:
     targets = torch.tensor([[1, 0, 0], [0, 1, 1], [1, -100, 0]])
     for outputs, expected in (
