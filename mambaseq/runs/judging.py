@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 import time
@@ -190,9 +191,9 @@ def _no_others() -> bool:
 
 def _alone(metric: Metric) -> Metric:
     """A copy that does not ask other processes: the answers are those of all, and only the first process judges."""
-    copy = metric.clone()
-    copy.distributed_available_fn = _no_others
-    return copy
+    one = copy.deepcopy(metric)
+    one.distributed_available_fn = _no_others
+    return one
 
 
 def _computed(metric: Metric, answers: Answers) -> float:
