@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +29,7 @@ from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
 from mambaseq.tasks.bar import Bar
 from mambaseq.tasks.callbacks import NEVER
+from mambaseq.tasks.replicated import Replicated
 
 _DECIDED = (  # settings of the trainer that a run needs for itself: the value that is refused (None: any), and why
     ("default_root_dir", None, "a run writes to its own folder, --out"),
@@ -72,7 +74,7 @@ def make_trainer(
     options |= {"plugins": [*plugins, AtomicCheckpointIO()], "default_root_dir": str(folder.path)}
     defaults = inspect.signature(lightning.Trainer).parameters
     given = [f"trainer.{key}" for key, value in settings.trainer.items() if value != defaults[key].default]
-    with explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."):
+    with explained("The settings under trainer cannot be used here", f" Given are {cut_list(given)}."), _our_ddp():
         trainer = lightning.Trainer(**options)
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # Lightning's choice in a notebook with GPUs
         raise ConfigError(
@@ -106,6 +108,17 @@ def _check_nodes(count: Any, plugins: Any) -> None:
             "others forever. Start the run with torchrun or SLURM on each, or set NODE_RANK and MASTER_ADDR; on one "
             "machine leave trainer.num_nodes out."
         )
+
+
+@contextlib.contextmanager
+def _our_ddp() -> Iterator[None]:
+    """Lightning's names of DDP, one of which it takes for several devices if none is given, make ours."""
+    theirs = {name: entry for name, entry in StrategyRegistry.items() if entry["strategy"] is DDPStrategy}
+    StrategyRegistry.update({name: entry | {"strategy": Replicated} for name, entry in theirs.items()})
+    try:
+        yield
+    finally:
+        StrategyRegistry.update(theirs)
 
 
 @contextlib.contextmanager

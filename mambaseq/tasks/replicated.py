@@ -13,7 +13,7 @@ from mambaseq.backbones.graphed_steps import StepGraphs
 
 
 class Replicated(DDPStrategy):
-    """`trainer.strategy: ddp`, and `DDPStrategy`: Lightning's, but
+    """`trainer.strategy: ddp`, `DDPStrategy`, and of several devices without a strategy: Lightning's, but
 
     - gradients are accumulated on the stream on which they are computed. Lightning wraps the model on a stream of its
       own, which PyTorch remembers for every gradient, for captures of whole steps. We have none (what is captured lies

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from parallel.ranks import contexts, on_ranks
+from tasks.test_resume import CONFIG
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from mambaseq.cli.main import main
 from mambaseq.models import SequenceModel, causal_lm
 from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks import replicated
@@ -119,3 +123,31 @@ def test_the_mean_is_over_all_processes(dtype: torch.dtype) -> None:
         ranks = contexts(size)
         for mean in on_ranks(size, lambda rank, ranks=ranks: run(ranks[rank].group)):
             torch.testing.assert_close(mean, torch.tensor([1.0, 3.0], dtype=dtype) * (size + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("written", "unused"),
+    [([], False), (["--trainer.strategy=auto"], False), (["--trainer.strategy=ddp_find_unused_parameters_true"], True)],
+    ids=str,
+)
+def test_several_devices_have_it_without_being_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: list[str], unused: bool
+) -> None:
+    made: list[lightning.Trainer] = []
+
+    class Made(Exception):
+        pass
+
+    def fit(self: lightning.Trainer, *_: Any, **__: Any) -> None:
+        made.append(self)
+        raise Made
+
+    monkeypatch.setattr(lightning.Trainer, "fit", fit)
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    with pytest.raises(Made):
+        main(["fit", "--config", str(path), "--out", str(tmp_path / "run"), "--trainer.devices=2", *written])
+    strategy = made[0].strategy
+    assert isinstance(strategy, Replicated)
+    assert strategy._ddp_kwargs.get("find_unused_parameters", False) is unused
+    assert type(lightning.Trainer(accelerator="cpu", devices=2, logger=False).strategy) is DDPStrategy  # as it was
