@@ -104,7 +104,9 @@ def test_graphs_are_told_where_gradients_are_summed(alone: None, monkeypatch: py
     assert not places
 
 
-@pytest.mark.parametrize("options", [{"gradient_as_bucket_view": False}, {"ddp_comm_hook": allreduce_hook}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"gradient_as_bucket_view": False}, {"ddp_comm_hook": allreduce_hook}], ids=["apart", "hook"]
+)
 def test_other_sums_are_as_they_were(alone: None, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
     model, ddp = wrapped(Replicated(**options), monkeypatch)
     tokens = torch.tensor([[1, 2, 3, 4]])
