@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +51,18 @@ def pytest_collection() -> Iterator[Any]:
         gc.freeze()
         gc.set_threshold(20_000, 20, 20)
         gc.enable()
+
+
+@pytest.fixture
+def uninterpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for GPUs are left alone, as on other machines without one: interpreted they take seconds each. All are
+    defined before, since later tests could not interpret what is defined meanwhile."""
+    if importlib.util.find_spec("triton") is not None:
+        root = Path(__file__).parent.parent
+        for path in (root / "mambaseq").rglob("*.py"):
+            if "@triton.jit" in path.read_text(encoding="utf-8"):
+                importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -57,9 +57,9 @@ def own_data(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("uninterpreted")
 def test_readme_commands_run(tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, doctor's kernels for GPUs take seconds each
     once = functools.partial(timing.measure, warm_up_s=None, budget_s=0.0)  # of doctor: each backend is timed once
     monkeypatch.setattr(backends, "measure", lambda run, device, *_, **__: once(run, device, 1))
     (tmp_path / "data").symlink_to(ROOT / "data")

@@ -39,18 +39,13 @@ BENCHES = {
     "decode": {"generation, tiny"},
 }
 MEASURED = re.compile(r"_(ms|mib|gib|per_s)$")
+pytestmark = pytest.mark.usefixtures("uninterpreted")
 
 
 def bench(name: str, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     file = folder / f"{name}.json"
     code = main(["bench", name, "--device", "cpu", "--scale", "tiny", "--repeats", "2", "--json", str(file), *options])
     return code, json.loads(file.read_text())
-
-
-@pytest.fixture(autouse=True)
-def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's takes seconds an op, and its kernels have tests of their own."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.fixture

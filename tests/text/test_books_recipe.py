@@ -22,11 +22,7 @@ from mambaseq.reproduction import Context, training
 from mambaseq.resources import find
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it, kernels for GPUs take seconds each
+pytestmark = pytest.mark.usefixtures("uninterpreted")
 
 
 @pytest.fixture(scope="module")
