@@ -238,8 +238,8 @@ def make_optimizer(
     """The optimizer and its schedule over `total_steps` optimizer steps.
 
     capturable: on CUDA, make the step one kernel that a CUDA graph can capture; learning rates are then tensors.
-    fused: make AdamW's step one kernel, which reads and writes everything once; on a GPU that is faster, and takes no
-    memory. Complex parameters have no such kernel, and are stepped as usual with all others.
+    fused: make AdamW's step one kernel, which reads and writes everything once, without memory of its own. Complex
+    parameters have no such kernel, and are stepped as usual with all others.
     factors, frozen: see `parameter_groups`.
     Raises ConfigError if the schedule has no last step to end at (`inf`), for settings of another optimizer, and for
     Muon if its step must be captured, or there is nothing for it.
