@@ -1,12 +1,15 @@
-"""Slow imports run without the garbage collector, and every command's do."""
+"""Slow imports run without the garbage collector and without what nobody asked for, and every command's do."""
 
 from __future__ import annotations
 
 import ast
 import gc
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +60,79 @@ def test_commands_import_what_is_slow_without_it() -> None:
         slow = [node for node in slow if node.module not in QUICK]
         found += [f"{path.name}:{node.lineno}" for node in slow if node not in quick]
     assert not found
+
+
+# seconds each; none of them is needed to train on text, DNA or audio
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "librosa",
+    "pandas",
+    "peft",
+    "scipy",
+    "sklearn",
+    "tensorflow",
+    "torchaudio",
+    "torchmetrics.functional",
+    "torchvision",
+    "transformers",
+)
+TRAINING = """
+import json, sys
+from mambaseq.importing import uncollected
+with uncollected(for_good=True):
+    import mambaseq.runs.training
+    import mambaseq.runs.evaluation, mambaseq.runs.generation, mambaseq.runs.prediction
+    import mambaseq.metrics.classification, mambaseq.metrics.likelihood, mambaseq.metrics.values
+    import mambaseq_text.corpus, mambaseq_dna.species, mambaseq_audio.clips
+json.dump([name for name in sys.argv[1:] if name in sys.modules], sys.stdout)
+"""
+TORCHMETRICS = """
+import json, sys
+from mambaseq.importing import uncollected
+with uncollected():
+    import torchmetrics
+asked = [hasattr(torchmetrics, name) for name in ("__version__", "__wrapped__", "_logger")]
+in_part, metric = "torchmetrics.classification" not in sys.modules, torchmetrics.Metric
+from torchmetrics import Accuracy
+json.dump({
+    "asked": asked,
+    "in part": in_part,
+    "whole": issubclass(Accuracy, metric) and metric is torchmetrics.Metric,
+    "by name": callable(torchmetrics.functional.accuracy),
+    "not there": hasattr(torchmetrics, "nothing"),
+    "finders": [type(finder).__name__ for finder in sys.meta_path if "mambaseq" in type(finder).__module__],
+}, sys.stdout)
+"""
+
+
+def printed(script: str, *arguments: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def test_a_training_imports_nothing_heavy() -> None:
+    assert printed(TRAINING, *HEAVY) == []
+
+
+def test_torchmetrics_is_imported_in_part_until_somebody_asks_for_more() -> None:
+    assert printed(TORCHMETRICS) == {
+        "asked": [True, False, True],
+        "in part": True,
+        "whole": True,
+        "by name": True,
+        "not there": False,
+        "finders": [],
+    }
+
+
+def test_torchmetrics_of_another_layout_is_imported_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchmetrics").mkdir()
+    (tmp_path / "torchmetrics" / "__init__.py").write_text("Metric = 'another'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with uncollected():
+        found = importlib.import_module("torchmetrics")
+    monkeypatch.delitem(sys.modules, "torchmetrics")
+    assert (found.Metric, "__getattr__" in vars(found)) == ("another", False)
