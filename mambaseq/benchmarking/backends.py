@@ -14,11 +14,12 @@ from mambaseq.benchmarking.timing import Attempt, attempt, measure
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
 from mambaseq.ops.causal_conv.arguments import ConvArguments
+from mambaseq.ops.decays.arguments import DecayArguments
 from mambaseq.ops.delta_rule import DeltaArguments
 from mambaseq.ops.dispatch import Op, leaves, relative_rms_error
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 from mambaseq.ops.lti.arguments import LtiArguments
-from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
+from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments, UnitNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 from mambaseq.ops.ssd.arguments import SsdArguments
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
@@ -199,6 +200,14 @@ def _gated_norm(normal: Normal, batch: int, length: int, channels: int) -> Gated
     return GatedNormArguments(normal(batch, length, channels), normal(batch, length, channels), normal(channels))
 
 
+def _unit_norm(normal: Normal, batch: int, length: int, channels: int) -> UnitNormArguments:
+    return UnitNormArguments(normal(batch, length, channels), HEAD_DIM)
+
+
+def _decays(normal: Normal, batch: int, length: int, channels: int) -> DecayArguments:
+    return DecayArguments(normal(batch, length, channels), normal(channels // HEAD_DIM), normal(channels))
+
+
 def _loss(normal: Normal, batch: int, length: int, channels: int) -> LossArguments:
     hidden = normal(batch * length, channels)
     vocabulary = VOCABULARY.get(hidden.device.type, VOCABULARY["cpu"])
@@ -217,5 +226,7 @@ _MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
     "trapezoidal_scan": _trapezoid,
     "add_rms_norm": _add_norm,
     "gated_rms_norm": _gated_norm,
+    "unit_norm": _unit_norm,
+    "log_decays": _decays,
     "linear_cross_entropy": _loss,
 }

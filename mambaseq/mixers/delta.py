@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambaseq.errors import ConfigError, check_not_negative, check_sizes
 from mambaseq.mixers.base import Mixer, State, check_backend, check_state
 from mambaseq.mixers.initialisation import initial_dt_bias
-from mambaseq.ops import causal_conv, delta_rule, gated_rms_norm, sequences
+from mambaseq.ops import causal_conv, delta_rule, gated_rms_norm, sequences, unit_norm
 from mambaseq.ops.decoding.step import causal_conv_update_
 from mambaseq.ops.delta_rule import delta_rule_update_
 from mambaseq.ops.dtypes import working_dtype
@@ -43,11 +43,11 @@ class HeadNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         """y and its gate z, `(..., heads, value_dim)`, to the same."""
-        if self.gate == "silu" and z is not None:
-            return gated_rms_norm(y, z, self.weight, eps=self.eps, norm_before_gate=True)
+        if z is not None:
+            assert self.gate is not None
+            return gated_rms_norm(y, z, self.weight, eps=self.eps, norm_before_gate=True, gate=self.gate)
         wide = working_dtype(y)
-        normed = F.rms_norm(y.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return (normed if z is None else normed * torch.sigmoid(z.to(wide))).to(y.dtype)
+        return F.rms_norm(y.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(y.dtype)
 
 
 class DeltaMixer(Mixer):
@@ -161,11 +161,11 @@ class DeltaMixer(Mixer):
         return weight, torch.cat(biases) if biases else None
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q and k `(..., heads, head_dim)` in full precision, v `(..., value heads, value_dim)`."""
+        """q and k `(..., heads, head_dim)`, v `(..., value heads, value_dim)`, all in the dtype of qkv."""
         q, k, v = qkv.split(self.widths, dim=-1)
-        wide = working_dtype(qkv)
-        q, k = (unit(value.to(wide).unflatten(-1, (self.n_heads, self.head_dim))) for value in (q, k))
-        return q * self.head_dim**-0.5, k, v.unflatten(-1, (self.n_value_heads, self.value_dim))
+        q, k = unit_norm(q, self.head_dim, scale=self.head_dim**-0.5), unit_norm(k, self.head_dim)
+        q, k = (value.unflatten(-1, (self.n_heads, self.head_dim)) for value in (q, k))
+        return q, k, v.unflatten(-1, (self.n_value_heads, self.value_dim))
 
     def _rates(self, x: Tensor) -> Tensor:
         """beta `(..., value heads)` in full precision."""
@@ -228,11 +228,6 @@ def whole_width(owner: str, of: str, width: int, key: str, share: float) -> int:
             f"{width} is not. Set {key} to {max(1, found) / width:g}, or {of} to another."
         )
     return found
-
-
-def unit(x: Tensor) -> Tensor:
-    """x at length 1 along the last axis, rows of zeros aside."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def initial_decays(heads: int, smallest: float, largest: float, steps: int) -> tuple[nn.Parameter, nn.Parameter]:

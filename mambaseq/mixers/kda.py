@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambaseq.errors import ConfigError
 from mambaseq.mixers.delta import DeltaMixer, HeadNorm, initial_decays
-from mambaseq.ops.dtypes import working_dtype
+from mambaseq.ops import log_decays
 from mambaseq.ops.linear import apply_linear
 
 
@@ -89,10 +87,7 @@ class KDA(DeltaMixer):
 
     def _decays(self, x: Tensor) -> Tensor:
         f = self._by_rank(self.f_proj, x)
-        wide = working_dtype(f)
-        f = (f.to(wide) + self.dt_bias.to(wide)).unflatten(-1, (self.n_value_heads, self.head_dim))
-        A = torch.exp(self.A_log.to(wide))[:, None]
-        return -A * F.softplus(f) if self.lower_bound is None else self.lower_bound * torch.sigmoid(A * f)
+        return log_decays(f, self.A_log, self.dt_bias, lower_bound=self.lower_bound)
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         z = self._by_rank(self.g_proj, x).unflatten(-1, y.shape[-2:])

@@ -58,22 +58,22 @@ def register(op: Operator) -> Callable[[Any], Any]:
         assert first is not None
         return tuple(first.new_empty(0, dtype=torch.float32) if v is None else v for v in found)
 
-    def run_forward(*values: Any) -> tuple[Tensor, ...]:
+    def run_forward(*values: Any) -> Any:
         a = op.arguments(*values[:n_inputs])
-        return full(op.forward(a, *made(a), *values[n_inputs:]))
+        return _alone(full(op.forward(a, *made(a), *values[n_inputs:])))
 
-    def run_backward(*values: Any) -> tuple[Tensor, ...]:
+    def run_backward(*values: Any) -> Any:
         inputs = values[op.outputs : op.outputs + n_inputs]
         a = op.arguments(*inputs)
         found = op.backward(a, *made(a), *values[: op.outputs], *values[op.outputs + n_inputs :])
-        return tuple(values[0].new_empty(0) if g is None else g for g in found)
+        return _alone(tuple(values[0].new_empty(0) if g is None else g for g in found))
 
-    def fake_forward(*values: Any) -> tuple[Tensor, ...]:
-        return full(op.fake(op.arguments(*values[:n_inputs]), *values[n_inputs:]))
+    def fake_forward(*values: Any) -> Any:
+        return _alone(full(op.fake(op.arguments(*values[:n_inputs]), *values[n_inputs:])))
 
-    def fake_backward(*values: Any) -> tuple[Tensor, ...]:
+    def fake_backward(*values: Any) -> Any:
         wanted = (values[op.outputs + place] for place in places)
-        return tuple(values[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in wanted)
+        return _alone(tuple(values[0].new_empty(0) if v is None else v.new_empty(v.shape) for v in wanted))
 
     doutputs = ", ".join(["Tensor dy", *(f"Tensor? doutput_{number}" for number in range(1, op.outputs))])
     kept = "".join(f", Tensor kept_{number}" for number in range(op.kept))
@@ -94,8 +94,8 @@ def register(op: Operator) -> Callable[[Any], Any]:
     forward_op.register_fake(fake_forward)
     backward_op.register_fake(fake_backward)
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        inputs = inputs[:n_inputs]
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        inputs, output = inputs[:n_inputs], _several(output)
         ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs]
         ctx.tensors = [place for place, v in enumerate(inputs) if isinstance(v, Tensor)]
         ctx.save_for_backward(*(inputs[place] for place in ctx.tensors), *output[op.outputs :])
@@ -109,7 +109,7 @@ def register(op: Operator) -> Callable[[Any], Any]:
         dy = torch.zeros_like(inputs[0]) if given[0] is None else given[0]
         # an output that was not wanted is empty, and so is its gradient
         others = [None if d is None or not (op.zeros or d.numel()) else d for d in given[1 : op.outputs]]
-        found = find(dy, *others, *inputs, *saved[len(ctx.tensors) :])
+        found = _several(find(dy, *others, *inputs, *saved[len(ctx.tensors) :]))
         result: list[Any] = [None] * (n_inputs + bool(kept))
         for place, gradient in zip(places, found, strict=True):
             result[place] = None if inputs[place] is None else gradient
@@ -147,7 +147,15 @@ def register(op: Operator) -> Callable[[Any], Any]:
             tensors = (v for v in values if isinstance(v, Tensor))
             values = (*values, torch.is_grad_enabled() and any(v.requires_grad for v in tensors))
         call = Eager.apply if is_eager(*values) else forward_op
-        found: tuple[Tensor, ...] = call(*values)
-        return found[: op.outputs]
+        return _several(call(*values))[: op.outputs]
 
     return run
+
+
+def _alone(found: tuple[Tensor, ...]) -> Any:
+    """What an operator of PyTorch returns: a single tensor as it is."""
+    return found if len(found) > 1 else found[0]
+
+
+def _several(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple | list) else (found,)

@@ -65,6 +65,8 @@ GATED_CASES: dict[str, Callable[[], GatedNormArguments]] = {
     "groups": lambda: gated("d", 2, 63, 66, group_size=22),
     "many groups": lambda: gated("e", 5, 24, group_size=3, norm_before_gate=True),
     "norm before gate": lambda: gated("f", 2, 63, 65, norm_before_gate=True, eps=0.1),
+    "sigmoid": lambda: gated("m", 2, 63, 66, group_size=33, norm_before_gate=True, gate="sigmoid"),
+    "sigmoid before norm": lambda: gated("n", 2, 63, 65, gate="sigmoid"),
     "wide": lambda: gated("g", 2, 5, 1500),
     "too wide": lambda: gated("h", 2, 8193),
     "rows apart": lambda: gated("i", 2, 9, 33)._replace(z=Draw("j").normal(2, 9, 66)[..., 33:]),
@@ -119,7 +121,7 @@ def test_add_in_half_precision(backend: str, low: tuple[str, ...], dtype: torch.
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("low", [("x", "z"), ("x",), ("z", "weight")])
-@pytest.mark.parametrize("case", ["groups", "norm before gate"])
+@pytest.mark.parametrize("case", ["groups", "norm before gate", "sigmoid"])
 @pytest.mark.parametrize("backend", names_of(GATED))
 def test_gated_in_half_precision(
     backend: str, case: str, low: tuple[str, ...], dtype: torch.dtype, device: str
@@ -214,6 +216,7 @@ def test_add_arguments_that_do_not_fit(change: dict, message: str) -> None:
         ({"weight": torch.zeros(4)}, "weight must be"),
         ({"group_size": 4}, "does not divide"),
         ({"group_size": 0}, "does not divide"),
+        ({"gate": "tanh"}, "silu.*or.*sigmoid.*tanh"),
     ],
 )
 def test_gated_arguments_that_do_not_fit(change: dict, message: str) -> None:

@@ -188,7 +188,7 @@ def _backward(
         dout_proj = weight_gradient(dout, normed, a.out_proj)
         del normed
         dnormed = dout @ m.out_proj
-        dy, _, dnorm = norm.gated_backward(dnormed, y, gate, a.norm, rstd, _group(a), a.norm_before_gate, dgate)
+        dy, _, dnorm = norm.gated_backward(dnormed, y, gate, a.norm, rstd, _group(a), a.norm_before_gate, dz=dgate)
         del dnormed
 
         conv_arguments = _conv_arguments(a, product)._replace(wants_final_state=False)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambaseq.errors import shown
+
 
 class AddNormArguments(NamedTuple):
     """What every backend of `mambaseq.ops.add_rms_norm` receives; shapes and meaning as there."""
@@ -28,6 +30,7 @@ class GatedNormArguments(NamedTuple):
     eps: float = 1e-5
     group_size: int | None = None
     norm_before_gate: bool = False
+    gate: str = "silu"
 
     @property
     def wants_final_state(self) -> bool:
@@ -38,6 +41,20 @@ class GatedNormArguments(NamedTuple):
     def width(self) -> int:
         """Channels of a group."""
         return self.x.shape[-1] if self.group_size is None else self.group_size
+
+
+class UnitNormArguments(NamedTuple):
+    """What every backend of `mambaseq.ops.unit_norm` receives; shapes and meaning as there."""
+
+    x: Tensor
+    group_size: int
+    scale: float = 1.0
+    eps: float = 1e-6
+
+    @property
+    def wants_final_state(self) -> bool:
+        """Never: y is all that there is."""
+        return False
 
 
 def check_add(arguments: AddNormArguments) -> None:
@@ -70,9 +87,21 @@ def check_gated(arguments: GatedNormArguments) -> None:
         raise ValueError(f"weight must be (channels={x.shape[-1]},), not {tuple(weight.shape)}")
     if size is not None and (size < 1 or x.shape[-1] % size):
         raise ValueError(f"group_size {size} does not divide {x.shape[-1]} channels")
+    if arguments.gate not in ("silu", "sigmoid"):
+        raise ValueError(f"gate must be 'silu' or 'sigmoid', not {shown(arguments.gate)}")
     for name, value in (("z", z), ("weight", weight)):
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")
+
+
+def check_unit(arguments: UnitNormArguments) -> None:
+    """Raise ValueError where a shape, a dtype or the size of the groups does not fit."""
+    x, size = arguments.x, arguments.group_size
+    _check_floating("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must be (..., channels), not a single number")
+    if size < 1 or x.shape[-1] % size:
+        raise ValueError(f"group_size {size} does not divide {x.shape[-1]} channels")
 
 
 def _check_floating(name: str, value: Tensor) -> None:
@@ -97,3 +126,11 @@ def gated_samples(device: torch.device) -> Iterator[tuple[str, GatedNormArgument
     yield "x, z", arguments
     yield "groups", arguments._replace(group_size=6)
     yield "norm before gate", arguments._replace(group_size=9, norm_before_gate=True)
+    yield "gate by a sigmoid", arguments._replace(group_size=6, norm_before_gate=True, gate="sigmoid")
+
+
+def unit_samples(device: torch.device) -> Iterator[tuple[str, UnitNormArguments]]:
+    """Small float32 inputs that use every argument."""
+    x = torch.randn(2, 7, 18, generator=torch.Generator().manual_seed(0)).to(device)
+    yield "x", UnitNormArguments(x, 18)
+    yield "groups", UnitNormArguments(x, 6, 0.25, 1e-3)

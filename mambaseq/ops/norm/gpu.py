@@ -16,7 +16,7 @@ from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 
 _WIDEST = 8192  # the widest row (of a group) that a program holds
 # elements of a tile: enough loads in flight from few registers; the backward holds more values an element
-_TILE, _TILE_BACKWARD = 4096, 2048
+TILE, TILE_BACKWARD = 4096, 2048
 _MOST_ROWS = 32  # of a tile
 _PROGRAMS_A_PROCESSOR = 4  # that walk over the tiles in the backward
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,15 +26,15 @@ def why_not_add(arguments: AddNormArguments) -> str | None:
     """The reason why the kernels cannot run these arguments, or None."""
     x, residual, weight, _, out_dtype = arguments
     tensors = (residual, weight) if x is None else (x, residual, weight)
-    return _why_not(residual.shape[-1], tensors, out_dtype)
+    return why_not(residual.shape[-1], tensors, out_dtype)
 
 
 def why_not_gated(arguments: GatedNormArguments) -> str | None:
     """The reason why the kernels cannot run these arguments, or None."""
-    return _why_not(arguments.width, (arguments.x, arguments.z, arguments.weight), None)
+    return why_not(arguments.width, (arguments.x, arguments.z, arguments.weight), None)
 
 
-def _why_not(width: int, tensors: tuple[Tensor, ...], out_dtype: torch.dtype | None) -> str | None:
+def why_not(width: int, tensors: tuple[Tensor, ...], out_dtype: torch.dtype | None) -> str | None:
     if (reason := portable.why_not(tensors[0].device.type)) is not None:
         return reason
     if width > _WIDEST:
@@ -58,9 +58,9 @@ def run_add(arguments: AddNormArguments) -> tuple[Tensor, Tensor]:
 
 def run_gated(arguments: GatedNormArguments) -> Any:
     """(y,), see `reference.run_gated`."""
-    x, z, weight, eps, _, norm_before_gate = arguments
+    x, z, weight, eps, _, norm_before_gate, gate = arguments
     call = _GatedNorm.apply if is_eager(x, z, weight) else _gated_op
-    return (call(x, z, weight, eps, arguments.width, norm_before_gate)[0],)
+    return (call(x, z, weight, eps, arguments.width, norm_before_gate, gate == "silu")[0],)
 
 
 def _stores_total(x: Tensor | None, residual: Tensor) -> bool:
@@ -74,14 +74,14 @@ def _kernels() -> Any:
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def most_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return _PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
-def _tile(width: int, elements: int) -> dict[str, int]:
+def tile_of(width: int, elements: int) -> dict[str, int]:
     """How a row of this width is cut: constants of the kernels."""
     columns = 1 << (width - 1).bit_length()
     rows = min(_MOST_ROWS, max(1, elements // columns))
@@ -100,7 +100,7 @@ def _add_forward(
     y = torch.empty(shape, dtype=out_dtype, device=device)
     total = torch.empty(shape if stores else (0,), dtype=torch.float32, device=device)
     rstd = torch.empty(n_rows, dtype=torch.float32, device=device)
-    tile = _tile(width, _TILE)
+    tile = tile_of(width, TILE)
     with portable.on(residual):
         _kernels().add_forward[(-(-n_rows // tile["ROWS"]),)](
             residual if x is None else x.contiguous(), residual, weight.contiguous(), y, total, rstd, n_rows, eps,
@@ -125,9 +125,9 @@ def _add_backward(
     device = total.device
     dresidual = torch.empty(total.shape, dtype=residual_dtype, device=device)
     dx = torch.empty(total.shape if stores_dx else (0,), dtype=x_dtype or residual_dtype, device=device)
-    tile = _tile(width, _TILE_BACKWARD)
+    tile = tile_of(width, TILE_BACKWARD)
     n_tiles = -(-n_rows // tile["ROWS"])
-    programs = min(n_tiles, _programs(device))
+    programs = min(n_tiles, most_programs(device))
     shares = torch.empty(programs, width, dtype=torch.float32, device=device)
     with portable.on(total):
         _kernels().add_backward[(programs,)](
@@ -138,23 +138,25 @@ def _add_backward(
     return dresidual, dx, shares.sum(0).to(weight.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """`(rows, channels)` with channels side by side; a view where it can be one."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int, before: bool) -> tuple[Tensor, Tensor]:
+def gated_forward(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, width: int, before: bool, silu: bool = True
+) -> tuple[Tensor, Tensor]:
     """(y, 1 / rms of each row and group)."""
-    xs, zs = _rows(x), _rows(z)
+    xs, zs = rows_of(x), rows_of(z)
     n_rows, channels = xs.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(n_rows, channels // width, dtype=torch.float32, device=x.device)
-    tile = _tile(width, _TILE)
+    tile = tile_of(width, TILE)
     with portable.on(x):
         _kernels().gated_forward[(-(-n_rows // tile["ROWS"]), channels // width)](
             xs, zs, weight.contiguous(), y, rstd, n_rows, xs.stride(0), zs.stride(0), channels // width, eps,
-            BEFORE=before, **tile,
+            BEFORE=before, SILU=silu, **tile,
         )  # fmt: skip
     return y, rstd
 
@@ -167,22 +169,24 @@ def gated_backward(
     rstd: Tensor,
     width: int,
     before: bool,
+    silu: bool = True,
     dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dz and dweight. dz: where to write it, `(rows, channels)`, its channels side by side."""
-    xs, zs = _rows(x), _rows(z)
+    xs, zs = rows_of(x), rows_of(z)
     n_rows, channels = xs.shape
     groups = channels // width
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = torch.empty(z.shape, dtype=z.dtype, device=x.device) if dz is None else dz
-    tile = _tile(width, _TILE_BACKWARD)
+    tile = tile_of(width, TILE_BACKWARD)
     n_tiles = -(-n_rows // tile["ROWS"])
-    programs = min(n_tiles, max(1, _programs(x.device) // groups))
+    programs = min(n_tiles, max(1, most_programs(x.device) // groups))
     shares = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
     with portable.on(x):
         _kernels().gated_backward[(programs, groups)](
             dy.contiguous(), xs, zs, weight.contiguous(), rstd, dx, dz, shares,
-            n_rows, n_tiles, xs.stride(0), zs.stride(0), dz.view(-1, channels).stride(0), groups, BEFORE=before, **tile,
+            n_rows, n_tiles, xs.stride(0), zs.stride(0), dz.view(-1, channels).stride(0), groups,
+            BEFORE=before, SILU=silu, **tile,
         )  # fmt: skip
     return dx, dz, shares.sum(0).to(weight.dtype)
 
@@ -204,13 +208,13 @@ _gated_op = torch.library.custom_op(
     "mambaseq::gated_rms_norm",
     gated_forward,
     mutates_args=(),
-    schema="(Tensor x, Tensor z, Tensor weight, float eps, int width, bool before) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor z, Tensor weight, float eps, int width, bool before, bool silu) -> (Tensor, Tensor)",
 )
 _gated_backward_op = torch.library.custom_op(
     "mambaseq::gated_rms_norm_backward",
     gated_backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor rstd, int width, bool before) "
+    schema="(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor rstd, int width, bool before, bool silu) "
     "-> (Tensor, Tensor, Tensor)",
 )
 
@@ -238,13 +242,15 @@ def _(
 
 
 @_gated_op.register_fake
-def _(x: Any, z: Any, weight: Any, eps: float, width: int, before: bool) -> tuple[Tensor, Tensor]:
+def _(x: Any, z: Any, weight: Any, eps: float, width: int, before: bool, silu: bool) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1].numel()
     return x.new_empty(x.shape), x.new_empty((rows, x.shape[-1] // width), dtype=torch.float32)
 
 
 @_gated_backward_op.register_fake
-def _(dy: Any, x: Any, z: Any, weight: Any, rstd: Any, width: int, before: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    dy: Any, x: Any, z: Any, weight: Any, rstd: Any, width: int, before: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
@@ -270,16 +276,16 @@ def _add_gradients(ctx: Any, backward: Any, dy: Tensor | None, dtotal: Tensor | 
 
 
 def _remember_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, z, weight, _, ctx.width, ctx.before = inputs
+    x, z, weight, _, ctx.width, ctx.before, ctx.silu = inputs
     ctx.save_for_backward(x, z, weight, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _gated_gradients(ctx: Any, backward: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     x, z, weight, rstd = ctx.saved_tensors
-    return *backward(dy, x, z, weight, rstd, ctx.width, ctx.before), None, None, None
+    return *backward(dy, x, z, weight, rstd, ctx.width, ctx.before, ctx.silu), None, None, None, None
 
 
 _add_op.register_autograd(

@@ -62,7 +62,7 @@ def add_backward(
 @triton.jit(do_not_specialize=["n_rows"])
 def gated_forward(
     x, z, weight, y, rstd, n_rows, x_stride, z_stride, n_groups, eps,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BEFORE: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BEFORE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """x, z: rows of n_groups x WIDTH channels, so many elements apart; y contiguous; rstd `(n_rows, n_groups)`."""
     group = tl.program_id(1)
@@ -72,7 +72,7 @@ def gated_forward(
     channels = group * WIDTH + columns
     u = tl.load(x + rows[:, None] * x_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(z + rows[:, None] * z_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    gate *= tl.sigmoid(gate)
+    gate = gate * tl.sigmoid(gate) if SILU else tl.sigmoid(gate)
     w = tl.load(weight + channels, mask=columns < WIDTH, other=0.0).to(tl.float32)
     if not BEFORE:
         u *= gate
@@ -88,7 +88,7 @@ def gated_forward(
 @triton.jit(do_not_specialize=["n_rows", "n_tiles"])
 def gated_backward(
     dy, x, z, weight, rstd, dx, dz, dweight, n_rows, n_tiles, x_stride, z_stride, dz_stride, n_groups,
-    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BEFORE: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BEFORE: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dy, dx contiguous; dweight `(programs, n_groups x WIDTH)` fp32: the share of each program."""
     program = tl.program_id(0)
@@ -107,8 +107,8 @@ def gated_backward(
         to_dz = dz + rows[:, None] * dz_stride + channels[None, :]
         scale = tl.load(rstd + rows * n_groups + group, mask=rows < n_rows, other=0.0)
         sig = tl.sigmoid(zs)
-        gate = zs * sig
-        slope = sig * (1.0 + zs * (1.0 - sig))
+        gate = zs * sig if SILU else sig
+        slope = sig * (1.0 + zs * (1.0 - sig)) if SILU else sig * (1.0 - sig)
         if BEFORE:
             normed = xs * scale[:, None]
             tl.store(to_dz, (d * normed * w[None, :] * slope).to(dz.dtype.element_ty), mask=inside)
@@ -125,3 +125,41 @@ def gated_backward(
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
     to = dweight + program.to(tl.int64) * (WIDTH * n_groups) + channels
     tl.store(to, tl.sum(share, axis=0), mask=columns < WIDTH)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def unit_forward(
+    x, y, inverse, n_rows, x_stride, n_groups, scale, eps,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """x: rows of n_groups x WIDTH channels, so many elements apart; y contiguous; inverse `(n_rows, n_groups)`."""
+    group = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < WIDTH)[None, :]
+    channels = group * WIDTH + columns
+    u = tl.load(x + rows[:, None] * x_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    of_row = 1.0 / tl.sqrt(tl.sum(u * u, axis=1) + eps)
+    tl.store(inverse + rows * n_groups + group, of_row, mask=rows < n_rows)
+    at = rows[:, None] * (WIDTH * n_groups) + channels[None, :]
+    tl.store(y + at, (u * (of_row * scale)[:, None]).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def unit_backward(
+    dy, x, inverse, dx, n_rows, x_stride, n_groups, scale,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dy, dx contiguous."""
+    group = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < WIDTH)[None, :]
+    channels = group * WIDTH + columns
+    at = rows[:, None] * (WIDTH * n_groups) + channels[None, :]
+    d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(x + rows[:, None] * x_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    of_row = tl.load(inverse + rows * n_groups + group, mask=rows < n_rows, other=0.0)
+    u *= of_row[:, None]
+    d = (d - u * tl.sum(d * u, axis=1)[:, None]) * (of_row * scale)[:, None]
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)

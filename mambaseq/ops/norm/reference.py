@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambaseq.ops.dtypes import working_dtype
-from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
+from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments, UnitNormArguments
 
 
 def run_add(arguments: AddNormArguments) -> tuple[Tensor, Tensor]:
@@ -23,9 +23,10 @@ def run_add(arguments: AddNormArguments) -> tuple[Tensor, Tensor]:
 
 def run_gated(arguments: GatedNormArguments) -> Any:
     """(y,)."""
-    x, z, weight, eps, _, norm_before_gate = arguments
+    x, z, weight, eps, _, norm_before_gate, activation = arguments
     wide = working_dtype(x)
-    u, gate = x.to(wide), F.silu(z.to(wide))
+    u, gate = x.to(wide), z.to(wide)
+    gate = F.silu(gate) if activation == "silu" else torch.sigmoid(gate)
     if not norm_before_gate:
         u = u * gate
     grouped = u.unflatten(-1, (-1, arguments.width))  # (..., groups, width)
@@ -34,7 +35,15 @@ def run_gated(arguments: GatedNormArguments) -> Any:
     return ((y * gate if norm_before_gate else y).to(x.dtype),)
 
 
-def why_not_cpu(arguments: GatedNormArguments) -> str | None:
+def run_unit(arguments: UnitNormArguments) -> Any:
+    """(y,)."""
+    x, size, scale, eps = arguments
+    wide = x.to(working_dtype(x)).unflatten(-1, (-1, size))  # (..., groups, size)
+    y = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return ((y if scale == 1 else y * scale).flatten(-2).to(x.dtype),)
+
+
+def why_not_cpu(arguments: GatedNormArguments | UnitNormArguments) -> str | None:
     """The reason why a CPU is not what runs these arguments, or None."""
     device = arguments.x.device
     return None if device.type == "cpu" else f"x is on {device}"
