@@ -158,4 +158,4 @@ def _alone(found: tuple[Tensor, ...]) -> Any:
 
 
 def _several(found: Any) -> tuple[Any, ...]:
-    return found if isinstance(found, tuple | list) else (found,)
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
