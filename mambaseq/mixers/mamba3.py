@@ -26,6 +26,7 @@ from mambaseq.ops.trapezoid import trapezoidal_update_
 from mambaseq.ops.trapezoid.angles import AngleArguments, added_up, turns
 from mambaseq.ops.trapezoid.gating import GateArguments, gated
 from mambaseq.ops.trapezoid.turning import TurnArguments, turned
+from mambaseq.ops.trapezoid.writing import written
 
 
 @dataclasses.dataclass
@@ -219,8 +220,7 @@ class Mamba3(Mixer):
 
     def _written(self, v: Tensor, dtype: torch.dtype) -> Tensor:
         """What is written to the states, `(..., heads, rank, head_dim)`, of inputs `(..., heads, head_dim)`."""
-        v = v[..., None, :]
-        return (v.to(working_dtype(v)) * self.mimo_x.to(working_dtype(v))).to(dtype) if self.several else v.to(dtype)
+        return written(v, self.mimo_x, dtype) if self.several else v[..., None, :].to(dtype)
 
     def _output(self, y: Tensor, v: Tensor, z: Tensor, like: Tensor) -> Tensor:
         """y `(..., heads, rank, head_dim)`, inputs and gate `(..., heads, head_dim)` to the block's output."""

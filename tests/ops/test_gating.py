@@ -1,4 +1,4 @@
-"""What follows Mamba-3's scan: kernels equal PyTorch in float64, gradients too."""
+"""What stands around Mamba-3's scan: kernels equal PyTorch in float64, gradients too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from agreement import DEVICES, TOLERANCE, Draw, device_or_skip, poisoned_memory
 
 from mambaseq.ops.dispatch import relative_rms_error
+from mambaseq.ops.trapezoid import writing
 from mambaseq.ops.trapezoid.gating import GateArguments, gated, kernel
 
 
@@ -28,3 +29,23 @@ def test_kernels_equal_the_definition(rank: int | None, device: str) -> None:
         results += [out, *torch.autograd.grad(out, leaves, cotangent)]
     for a, e in zip(found, expected, strict=True):
         assert relative_rms_error(a, e) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_written_equals_the_definition(dtype: torch.dtype, device: str) -> None:
+    draw, place, (heads, rank, head_dim) = Draw("writing"), device_or_skip(device), (2, 3, 20)
+    v = draw.normal(1, 37, heads * head_dim + 2)[..., 1:-1].to(place, dtype).unflatten(-1, (heads, head_dim))
+    x_map, cotangent = draw.normal(heads, rank, head_dim).to(place), draw.normal(1, 37, heads, rank, head_dim).to(dtype)
+    found, expected = [], []
+    for wide, results in ((False, found), (True, expected)):
+        leaves = [t.to(torch.float64 if wide else t.dtype).detach().requires_grad_() for t in (v, x_map)]
+        with poisoned_memory():
+            given = writing.WriteArguments(*leaves)
+            out = writing.written(*leaves, torch.float64) if wide else writing.kernel(given)
+        results += [out, *torch.autograd.grad(out, leaves, cotangent.to(place, out.dtype))]
+    assert found[0].dtype == dtype
+    assert found[0].shape == (1, 37, heads, rank, head_dim)
+    assert found[0].transpose(2, 3).is_contiguous()  # as the scan's kernels read it, without a copy
+    for a, e in zip(found, expected, strict=True):
+        assert relative_rms_error(a, e) < TOLERANCE[dtype]

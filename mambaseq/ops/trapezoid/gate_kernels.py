@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of what follows Mamba-3's scan: skip, gate, and the map of several outputs a head to one.
+"""Triton kernels of what follows Mamba-3's scan: skip, gate, and the map of several outputs a head to one; and of the
+map of an input a head to several before it.
 
     out = sum over r of o_r silu(z z_r) (y_r + D v x_r)
 
@@ -99,3 +100,40 @@ def gate_backward(
     to = (row * heads)[:, None] * P + channel
     tl.store(dv + to, _rounded(of_v * scale, dv.dtype.element_ty), mask=known)
     tl.store(dz + to, _rounded(of_z, dz.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def write(
+    v, v_row, x_map, out, rows, heads, P: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr
+):
+    """out `(rows, RANK, heads, P)`: v x_r."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    h = tl.program_id(1)
+    p = tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (p < P)[None, :]
+    channel = (h * P + p)[None, :]
+    values = tl.load(v + row[:, None] * v_row + channel, mask=known, other=0.0).to(tl.float32)
+    for r in tl.static_range(RANK):
+        to = out + ((row * RANK + r) * heads)[:, None] * P + channel
+        tl.store(to, _rounded(values * _map(x_map, h, r, p, P, RANK), out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def write_backward(
+    v, v_row, x_map, dout, dv, shares, rows, heads,
+    P: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dout `(rows, RANK, heads, P)`, dv `(rows, heads, P)`; shares `(blocks of rows, heads, RANK, P)` of x_map."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    h = tl.program_id(1)
+    p = tl.arange(0, BLOCK)
+    known = (row < rows)[:, None] & (p < P)[None, :]
+    channel = (h * P + p)[None, :]
+    values = tl.load(v + row[:, None] * v_row + channel, mask=known, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for r in tl.static_range(RANK):
+        d = tl.load(dout + ((row * RANK + r) * heads)[:, None] * P + channel, mask=known, other=0.0).to(tl.float32)
+        to = shares + ((tl.program_id(0).to(tl.int64) * heads + h) * RANK + r) * P + p
+        tl.store(to, tl.sum(d * values, axis=0), mask=p < P)
+        total += d * _map(x_map, h, r, p, P, RANK)
+    tl.store(dv + (row * heads)[:, None] * P + channel, _rounded(total, dv.dtype.element_ty), mask=known)

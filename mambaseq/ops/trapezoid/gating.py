@@ -59,14 +59,14 @@ def kernel(a: GateArguments) -> Tensor:
     return found
 
 
-def _rows(value: Tensor) -> Tensor:
+def by_rows(value: Tensor) -> Tensor:
     """`(..., heads, head_dim)` as rows `(rows, heads * head_dim)`, without a copy where they are side by side."""
     rows = value.flatten(-2).flatten(0, -2)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _given(a: GateArguments) -> tuple[Any, ...]:
-    v, z = _rows(a.v), _rows(a.z)
+    v, z = by_rows(a.v), by_rows(a.z)
     maps = (None if m is None else m.contiguous() for m in (a.x_map, a.z_map, a.o_map))
     return a.y.contiguous(), v, v.stride(0), z, z.stride(0), a.D.contiguous(), *maps
 
