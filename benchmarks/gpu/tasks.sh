@@ -3,6 +3,7 @@
 #   OUT=FOLDER bash benchmarks/gpu/tasks.sh "GPUS" EACH SECONDS ["SEEDS"]
 # GPUS such as "0 1", EACH processes on each of them, SEEDS "0 1 2" if not given. KEPT=FILE: a tasks.tgz of an earlier call, which goes on.
 # What tells most comes first: seed after seed, of each parity, then recall, then the other machines.
+# MPS=1: processes of a GPU share a server of NVIDIA's, so that their kernels run side by side and not in turn; ended with the script.
 # What is finished is in $OUT/tasks.tgz every 10 s; what SECONDS cut off is lost. The log is $OUT/tasks.log.
 # What follows, once tasks.tgz is unpacked in a folder D, for state_tracking and recall each:
 #   mambaseq reproduce state_tracking --scale full --device cpu --only finished --out D/state_tracking
@@ -19,6 +20,14 @@ machines = {task: [f"state_tracking\t{{}}\t{name}\t{task}" for name in state_tra
 lines = [*machines.pop("parity"), *(f"recall\t{{}}\t{name}" for name in recall.MODELS), *(line for some in machines.values() for line in some)]
 print(*(line.format(seed) for seed in os.environ["SEEDS"].split() for line in lines), sep="\n")
 PYTHON
+end_mps() { :; }
+if [ "${MPS:-}" = 1 ] && command -v nvidia-cuda-mps-control > /dev/null; then
+  export CUDA_MPS_PIPE_DIRECTORY=$RUN/mps CUDA_MPS_LOG_DIRECTORY=$RUN/mps; mkdir -p "$RUN/mps"
+  end_mps() { echo quit | timeout 20 nvidia-cuda-mps-control > /dev/null 2>&1; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
+  trap end_mps EXIT
+  timeout 20 nvidia-cuda-mps-control -d && timeout 60 python3 -c "import torch; torch.ones(1, device='cuda').sum().item()" \
+    && echo "one server for the processes of a GPU" || { echo "no server for the processes of a GPU: they take turns"; end_mps; }
+fi
 n=$(wc -l < "$RUN/jobs"); echo 0 > "$RUN/taken"; : > "$OUT/tasks.log"
 keep() { (cd "$RUN" && t="$OUT/.tasks.$BASHPID.tgz" && tar czf "$t" */run.json */trials/*.json 2>/dev/null; [ -s "$t" ] && mv "$t" "$OUT/tasks.tgz"); }
 take() { (flock 9; i=$(($(cat "$RUN/taken") + 1)); echo $i > "$RUN/taken"; echo $i) 9>"$RUN/lock"; }
