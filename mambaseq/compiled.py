@@ -18,14 +18,14 @@ from numba import njit
 from numba.core import event
 
 from mambaseq.resources import why_unsafe
-from mambaseq.waiting import Told
+from mambaseq.waiting import told_of_kernels
 
 
 class _Compiling(event.Listener):
     """Says that kernels are compiled, and not taken from disk."""
 
     def __init__(self) -> None:
-        self.told = Told("kernels for the CPU are compiled; the next run takes them from disk")
+        self.told = told_of_kernels("CPU")
 
     def on_start(self, event: Any) -> None:
         self.told.__enter__()

@@ -18,7 +18,7 @@ import pytest
 from mambaseq import waiting
 from mambaseq.compiled import compiling, kept_njit
 from mambaseq.ops.gpu import compiling as compiling_for_gpu
-from mambaseq.waiting import Told
+from mambaseq.waiting import Phases, Told, process_began, told_of_kernels
 
 
 class Terminal(io.StringIO):
@@ -74,17 +74,17 @@ def test_what_was_another_thing_does_not_count(monkeypatch: pytest.MonkeyPatch) 
         told.__enter__()
         time.sleep(0.05)
         told.leave(counts=False)
-    assert (told._before, terminal.getvalue()) == (0.0, "")
+    assert (told.seconds, terminal.getvalue()) == (0.0, "")
     told.__enter__()
     told.__enter__()
     time.sleep(0.05)
     told.leave()  # of one in it that counts, so does the whole
     told.leave(counts=False)
-    assert 0.05 <= told._before < 0.5
-    before = told._before
+    assert 0.05 <= told.seconds < 0.5
+    before = told.seconds
     told.__enter__()
     told.leave(counts=False)
-    assert told._before == before
+    assert told.seconds == before
 
 
 def test_nothing_is_said_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_kernels_that_triton_finds_on_the_disk_do_not_count(
     times = []
     for _ in range(3):
         compile_with(kernel, lambda: triton.compile(source, target=target))
-        times.append(compiling_for_gpu.told._before)
+        times.append(compiling_for_gpu.told.seconds)
     assert 0 < times[0] == times[1] == times[2]
 
 
@@ -195,3 +195,38 @@ def test_who_listens_to_triton_already_is_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", other := lambda **_: None)
     compiling_for_gpu.tell_of_triton()
     assert triton.knobs.runtime.jit_cache_hook is other
+
+
+def test_a_wait_is_told_by_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(waiting, "_compiling", [])
+    monkeypatch.setattr(waiting.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(waiting, "_PATIENCE", 1e6)
+    kernels = told_of_kernels("GPU")
+    with kernels:
+        now[0] += 7  # before the wait
+    phases = Phases(since=now[0] - 2)
+    phases.end("imports")
+    now[0] += 0.01
+    phases.end("data")
+    with kernels, kernels:
+        now[0] += 3
+    kernels.said = True
+    with kernels:  # counts as well once it has been said
+        now[0] += 1
+    now[0] += 0.5
+    phases.end("first step")
+    now[0] += 50
+    assert phases.told() == "6.5 s: imports 2.0, first step 4.5 (of all, compiling kernels 4.0)"
+    told = {"imports": 2.0, "data": 0.01, "first step": 4.5, "compiling kernels": 4.0}
+    assert phases.plain() == {"all": 6.51, **told}
+
+
+def test_a_process_knows_when_it_began() -> None:
+    script = "import time; time.sleep(0.5); from mambaseq import waiting; "
+    script += "print(time.perf_counter() - waiting.process_began())"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert 0.45 < float(done.stdout) < 30 or not Path("/proc/self/stat").exists()
+    assert "torch" in sys.modules
+    assert time.perf_counter() - process_began() < 0.2, "this one has long been doing other things"

@@ -15,6 +15,7 @@ from mambaseq.reporting.runs import RunFolder, default_folder, rank
 from mambaseq.resources import located, model_folder
 from mambaseq.runs.naming import check_files, resolve_config
 from mambaseq.runs.settings import read_settings
+from mambaseq.waiting import Phases, process_began
 
 
 def check_init_from(source: str) -> None:
@@ -25,6 +26,7 @@ def check_init_from(source: str) -> None:
 
 
 def run(argv: list[str], command: str) -> int:
+    phases = Phases(process_began())
     parser = Arguments(
         prog="mambaseq fit",
         description="Train a model. Further options, --key value, override the configuration; `mambaseq fit --config "
@@ -80,9 +82,10 @@ def run(argv: list[str], command: str) -> int:
             print(f"mambaseq: {folder.path} holds {told}; the run is written beside that.", file=sys.stderr)
     with uncollected(for_good=True):
         from mambaseq.runs.training import fit
+    phases.end("imports")
 
     resume, changed = arguments.resume is not None, arguments.allow_changed_data
-    outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed)
+    outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed, phases=phases)
     if outcome.message and rank() == 0:
         print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)
     # an outcome that all processes share; what started them kills the first at another's nonzero code, at its last page

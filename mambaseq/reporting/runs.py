@@ -2,7 +2,8 @@
 
 config.yaml   data.json (what the data are)   checkpoints/last.ckpt, best.ckpt   model/ (weights and description)
 checkpoints/last.ckpt.TAG.parts/ (the tensors of a sharded run's checkpoint, which last.ckpt names; best.ckpt alike)
-logs/version_K/metrics.csv   tensorboard/   results.json   curves.png   confusion.png
+logs/version_K/metrics.csv, first_step.json (what the wait for it was for)   tensorboard/
+results.json   curves.png   confusion.png
 evaluation.json (what the page draws of a test)   report.html (the run's page)   .lock (held while it trains)
 samples/ (what a callback has generated while it trained)
 """

@@ -56,12 +56,14 @@ from mambaseq.tasks.callbacks import (
 from mambaseq.tasks.contexts import check_processes
 from mambaseq.tasks.finetuning import FinetuneConfig, Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
+from mambaseq.tasks.first_step import FirstStep
 from mambaseq.tasks.fitting import check_data
 from mambaseq.tasks.logs import RunLog
 from mambaseq.tasks.lora import AdapterRecord, add_adapters
 from mambaseq.tasks.parts import StepParts
 from mambaseq.tasks.record import KEY, DataRecord
 from mambaseq.tasks.task import Task
+from mambaseq.waiting import Phases
 
 
 def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) -> ModelCard:
@@ -100,6 +102,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     allow_changed_data: bool = False,
+    phases: Phases | None = None,
 ) -> Outcome:
     """Train, export the best weights, write results and pictures.
 
@@ -109,8 +112,10 @@ def fit(
     resume: continue the run in the folder, wherever it stopped: before its first checkpoint, in the middle, or between
         its last step and its last picture.
     allow_changed_data: resume although files of the data changed.
+    phases: what the wait for the first step was for so far; its beginning is this call without.
     Raises UserError for anything that the user has to mend, before the first step where possible.
     """
+    phases = phases or Phases()
     folder.check_place(begins=not resume)
     settings = parse_config(config, overrides)  # a refused run leaves no folder behind
     settings.check_model()
@@ -124,14 +129,17 @@ def fit(
                 f"it out, or start another run: mambaseq fit --config {folder.config} --out ANOTHER --key value."
             )
         with quiet():
-            outcome = _train(settings, folder, resume, progress, allow_changed_data)
+            phases.end("settings")
+            outcome = _train(settings, folder, resume, progress, allow_changed_data, phases)
     if rank() != 0 or outcome.facts is None:
         return outcome
     told = write_report(folder, settings, outcome)  # the lock is free: a report may evaluate the run
     return outcome._replace(message=f"{outcome.message}\n{told}") if told else outcome
 
 
-def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool) -> Outcome:
+def _train(
+    settings: RunConfig, folder: RunFolder, resume: bool, progress: bool, allow_changed_data: bool, phases: Phases
+) -> Outcome:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # which say there what they have measured
     seed = settings.settings["seed"]
@@ -145,13 +153,15 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     record = record_of(settings, data)
     metrics = settings.make_metrics(data)
     monitor, mode = settings.best(metrics, filter(None, named_sets(data.validation())))
+    phases.end("data")
     model = _make_model(settings, data)
     finetune, lora = settings.finetune(), settings.lora()
     task = Task(model, settings.optimizer(), metrics, settings.length_warmup(), seed, finetune)
     chosen, throughput = settings.settings["checkpoint"], Throughput()
     # made in every process; only those of the first write
+    log = RunLog(folder.path, name="logs", version=folder.next_version(), throughput=throughput)
     loggers: list[Logger] = [
-        RunLog(folder.path, name="logs", version=folder.next_version(), throughput=throughput),
+        log,
         TensorBoardLogger(folder.path, name="tensorboard", version=""),
     ]
     guard = FiniteGuard()
@@ -167,7 +177,8 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
         checkpoints=RunCheckpoints(folder.last, folder.best, often, monitor, mode, record, guard),
     )
     average = [WeightAverage(model, ema.decay)] if (ema := settings.ema()).decay else []
-    callbacks: list[lightning.Callback] = [throughput, *average, guard, run.checkpoints]
+    first = FirstStep(phases, Path(log.log_dir), str(folder.path))
+    callbacks: list[lightning.Callback] = [throughput, first, *average, guard, run.checkpoints]
     begins = not folder.last.exists()
     if not begins:
         callbacks.append(_resumption(run, settings, record, allow_changed_data))
@@ -184,6 +195,7 @@ def _train(settings: RunConfig, folder: RunFolder, resume: bool, progress: bool,
     finetune.check(model)
     if finetune.freeze:
         callbacks.append(Freezing(model, finetune))
+    phases.end("model")
     trainer = make_trainer(settings, folder, callbacks, loggers, progress)
     shared = getattr(model.backbone, "context_parallel", 1)
     check_processes(shared, trainer.world_size)  # before others are started, each of which would say it, too

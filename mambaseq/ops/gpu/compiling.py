@@ -6,9 +6,9 @@ import importlib
 import threading
 from typing import Any
 
-from mambaseq.waiting import Told
+from mambaseq.waiting import told_of_kernels
 
-told = Told("kernels for the GPU are compiled; the next run takes them from disk")
+told = told_of_kernels("GPU")
 
 
 class _Kernel(threading.local):
