@@ -76,8 +76,8 @@ _OURS = {
     "strategy": {"fsdp2": "mambaseq.tasks.sharding:FullySharded", "ddp": _DDP, "DDPStrategy": _DDP},
 }
 
-_NO_FSDP = "runs are not sharded by Lightning's FSDP. Use trainer.strategy fsdp2, which does the same, also on CPUs."
-
+# strategies of Lightning that leave to a run's plugin how checkpoints are written
+_LEAVE_IT = ("Strategy", "XLAStrategy")
 
 _COPIES = re.compile("_(spawn|fork|notebook)")  # strategies that `trainer.make_trainer` refuses
 
@@ -130,7 +130,7 @@ def _make(key: str, value: Any, where: str) -> Any:
     if not isinstance(spec, dict) or not isinstance(spec.get("class_path"), str):
         raise ConfigError(
             f"{where} must name a class, as {{class_path: NAME, init_args: {{...}}}}, not {shown(value)}. Known: "
-            f"{cut_list(sorted(_public(key)), most=40)}."
+            f"{cut_list(_known(key), most=40)}."
         )
     if more := spec.keys() - {"class_path", "init_args"}:
         raise ConfigError(
@@ -140,6 +140,8 @@ def _make(key: str, value: Any, where: str) -> Any:
     if not isinstance(arguments, dict):
         raise ConfigError(f"{where}.init_args must be names and values, not {shown(arguments)}.")
     kind = _resolve(key, spec["class_path"], where)
+    if key == "strategy":
+        _check_checkpoints(kind, where)
     checked = _check_arguments(kind, arguments, where)
     try:
         return kind(**checked)
@@ -155,15 +157,15 @@ def _make(key: str, value: Any, where: str) -> Any:
 
 
 def _check_short(key: str, name: str, where: str) -> None:
-    """Raise ConfigError for a short name that Lightning does not know, whose own message lacks our names, and for its
-    first sharded strategy (FSDP), which does not go with the checkpoints of a run."""
-    if key == "strategy" and name.startswith("fsdp"):
-        raise ConfigError(f"{where}: {_NO_FSDP}")
+    """Raise ConfigError for a short name that Lightning does not know, whose own message lacks our names, and for that
+    of a strategy whose checkpoints are not those of a run."""
     if key == "profiler":
         known = ["simple", "advanced", "pytorch", "xla"]
     elif key == "strategy":
         registry = importlib.import_module(f"{PYTORCH}.strategies").StrategyRegistry
-        known = ["auto", *(one for one in registry.available_strategies() if not one.startswith("fsdp"))]
+        if name in registry:
+            _check_checkpoints(registry[name]["strategy"], where)
+        known = ["auto", *(one for one in registry if not _is_foreign(registry[one]["strategy"]))]
     else:
         return
     if (name.lower() if key == "profiler" else name) not in known:
@@ -172,6 +174,20 @@ def _check_short(key: str, name: str, where: str) -> None:
         raise ConfigError(
             f"{where}: there is no {key} {shown(name, 200)}.{did_you_mean(name[:80], known)} Known: "
             f"{cut_list(known, most=40)}; or a class, as {{class_path: NAME, init_args: {{...}}}}."
+        )
+
+
+def _is_foreign(strategy: type) -> bool:
+    """Whether a strategy has Lightning write checkpoints in a form that is not ours (FSDP, DeepSpeed)."""
+    writer = next(base for base in strategy.__mro__ if "save_checkpoint" in vars(base))
+    return writer.__module__.startswith("lightning.") and writer.__name__ not in _LEAVE_IT
+
+
+def _check_checkpoints(strategy: type, where: str) -> None:
+    if _is_foreign(strategy):
+        raise ConfigError(
+            f"{where}: {strategy.__name__} writes checkpoints in a form of its own, from which a run could not be "
+            "resumed or exported. Use trainer.strategy fsdp2, which shards weights too, also on CPUs."
         )
 
 
@@ -198,6 +214,15 @@ def _registered(key: str) -> list[str]:
     return [entry.name for entry in catalog()[key]] if key == "callbacks" else []
 
 
+def _known(key: str) -> list[str]:
+    """The names of classes that a value of a key can have, for messages."""
+    public: list[str] = sorted(_public(key))
+    if key == "strategy":
+        module = importlib.import_module(f"{PYTORCH}.strategies")
+        public = [name for name in public if not _is_foreign(getattr(module, name))]
+    return list(dict.fromkeys([*_registered(key), *_OURS.get(key, {}), *public]))
+
+
 def _load(target: str) -> Any:
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -215,17 +240,16 @@ def _resolve(key: str, path: str, where: str) -> Any:
         kind = getattr(importlib.import_module(public[name]), name)
         # the public path, and the module that defines it
         if module in ("", public[name], kind.__module__, *KEYS[key].packages):
-            if kind.__name__ == "FSDPStrategy":
-                raise ConfigError(f"{where}: {_NO_FSDP}")
-            return kind
+            ours = _OURS.get(key, {}).get(name)
+            return kind if ours is None else _load(ours)
     if not module or not is_allowed(module):
         remedy = f" If you trust the package: --allow-import {module.partition('.')[0]}" if module else ""
-        ours = _registered(key)
-        nor = ", nor registered" if ours else ""
+        known = _known(key)
+        nor = ", nor registered" if _registered(key) else ""
         raise ConfigError(
             f"{where}: {shown(path, 200)} is not one of Lightning's classes for it{nor}, "
-            f"and nothing is imported because a file names it.{did_you_mean(name[:80], [*public, *ours])} Known: "
-            f"{cut_list([*ours, *sorted(public)], most=40)}.{remedy}"
+            f"and nothing is imported because a file names it.{did_you_mean(name[:80], known)} Known: "
+            f"{cut_list(known, most=40)}.{remedy}"
         )
     wanted = KEYS[key].wanted
     for index, base in enumerate(wanted):

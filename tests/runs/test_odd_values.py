@@ -133,10 +133,40 @@ def test_short_names_of_the_trainer_are_told_with_ours() -> None:
     ) as told:
         make_classes("strategy", "dpp")
     assert "fork" not in str(told.value)  # refused, as are others of its kind
-    for sharded in ("fsdp", "fsdp_cpu_offload", "FSDPStrategy", {"class_path": "FSDPStrategy"}):
-        with pytest.raises(ConfigError, match=r"Use trainer\.strategy fsdp2"):
-            make_classes("strategy", sharded)
     assert [make_classes("profiler", "Simple"), make_classes("strategy", "auto")] == ["Simple", "auto"]
+
+
+def test_strategies_whose_checkpoints_no_run_can_read_are_refused() -> None:
+    """All of Lightning's that write them another way than it does by itself, by each of their names."""
+    from lightning.pytorch import strategies
+
+    from mambaseq.runs.trainer_classes import make_classes
+
+    public = [getattr(strategies, name) for name in strategies.__all__]
+    refused = [kind for kind in public if kind.save_checkpoint is not strategies.Strategy.save_checkpoint]
+    assert {strategies.FSDPStrategy, strategies.ModelParallelStrategy, strategies.DeepSpeedStrategy} <= {*refused}
+    for kind in refused:
+        for path in (kind.__name__, f"{strategies.__name__}.{kind.__name__}", f"{kind.__module__}:{kind.__name__}"):
+            for value in (path, {"class_path": path}):
+                with pytest.raises(ConfigError, match=rf"{kind.__name__} writes .* Use trainer\.strategy fsdp2"):
+                    make_classes("strategy", value)
+    for short in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2"):
+        with pytest.raises(ConfigError, match=r"Use trainer\.strategy fsdp2"):
+            make_classes("strategy", short)
+    with pytest.raises(ConfigError, match="Known: ") as told:
+        make_classes("strategy", {"class_path": "None"})
+    assert "fsdp2" in str(told.value)
+    assert not any(kind.__name__ in str(told.value) for kind in refused)
+
+
+@pytest.mark.parametrize("module", ["", "lightning.pytorch.strategies.", "lightning.pytorch.strategies.ddp:"])
+def test_ddp_is_ours_by_whatever_name(module: str) -> None:
+    from mambaseq.runs.trainer_classes import make_classes
+    from mambaseq.tasks.replicated import Replicated
+
+    made = make_classes("strategy", {"class_path": f"{module}DDPStrategy", "init_args": {"bucket_cap_mb": 50}})
+    assert type(made) is Replicated
+    assert made._ddp_kwargs["bucket_cap_mb"] == 50
 
 
 @pytest.mark.parametrize(
