@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchmetrics
 from torch import Tensor
 
 from mambaseq.data.baselines import Baseline, Records, Told, constant
@@ -190,9 +191,12 @@ def _no_others() -> bool:
 
 
 def _alone(metric: Metric) -> Metric:
-    """A copy that does not ask other processes: the answers are those of all, and only the first process judges."""
+    """A copy that does not ask other processes: the answers are those of all, and only the first process judges. Nor do
+    the metrics ask that it holds."""
     one = copy.deepcopy(metric)
-    one.distributed_available_fn = _no_others
+    for held in one.modules():
+        if isinstance(held, torchmetrics.Metric):
+            held.distributed_available_fn = _no_others
     return one
 
 

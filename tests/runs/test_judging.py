@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pages import blocks, run_cell
+from torchmetrics.aggregation import MeanMetric
 
 import mambaseq as ms
 from mambaseq.batch import Batch
@@ -21,6 +22,7 @@ from mambaseq.data.module import SequenceData
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError
 from mambaseq.metrics.answers import Answers, AnswerSheet
+from mambaseq.metrics.base import Metric
 from mambaseq.models import ModelOutput
 from mambaseq.reporting.evaluation import pictures
 from mambaseq.runs.finishing import Facts, Outcome
@@ -194,14 +196,35 @@ def test_a_model_that_answers_all_alike_is_told_as_such(
         assert judged(data, metric, but_one)[0].one_answer(data.class_names) == ""
 
 
-def test_one_of_several_processes_judges_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+class Held(Metric):
+    """The share that is known, by a metric of torchmetrics."""
+
+    higher_is_better = True
+
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        super().__init__(class_names)
+        self.mean = MeanMetric()
+
+    def reset(self) -> None:
+        super().reset()
+        self.mean.reset()
+
+    def update(self, output: ModelOutput, batch: Batch) -> None:
+        self.mean.update((output.logits.argmax(-1) == batch.targets).float())
+
+    def compute(self) -> torch.Tensor:
+        return self.mean.compute()
+
+
+@pytest.mark.parametrize("name", ["accuracy", f"{HERE}:Held"])
+def test_one_of_several_processes_judges_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answers of all; it would wait for processes that have ended."""
-    judge, _ = judged(Parity(), "accuracy", lambda item: torch.eye(2)[item.inputs[:, 0] % 2] * 2)
-    metric = catalog()["metrics"].get("accuracy")(Parity().class_names)
+    judge, _ = judged(Parity(), name, lambda item: torch.eye(2)[item.inputs[:, 0] % 2] * 2)
+    metric = catalog()["metrics"].get(name)(Parity().class_names)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    again = Judge({"accuracy": metric}, judge.figures, "accuracy", judge.answers, judge.groups)
+    again = Judge({name: metric}, judge.figures, name, judge.answers, judge.groups)
     assert again.intervals() == judge.intervals()
-    assert "accuracy" in again.intervals()["metrics"]
+    assert name in again.intervals()["metrics"]
 
 
 def test_labels_that_are_always_the_same() -> None:
