@@ -51,6 +51,25 @@ class TinyTokens(SequenceData):
         return Items(2, 6, self.length, 7, False)
 
 
+class TinyRagged(TinyTokens):
+    """Such sequences of different lengths.
+
+    Args:
+        length: tokens of the longest.
+        shortest: tokens of the shortest.
+        size: sequences an epoch.
+    """
+
+    def __init__(self, length: int = 60, shortest: int = 4, size: int = 64) -> None:
+        super().__init__(length, size)
+        self.shortest = shortest
+
+    def train(self) -> list[Batch]:  # type: ignore[override]
+        span = self.length - self.shortest + 1
+        lengths = [self.shortest + number * 17 % span for number in range(self.size)]
+        return [Items(0, self.size, length, 7, False)[number] for number, length in enumerate(lengths)]
+
+
 class TinyValues(TinyTokens):
     """Values to be regressed: first and last token and their sum, over the vocabulary."""
 

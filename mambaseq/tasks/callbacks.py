@@ -26,7 +26,7 @@ from torch import nn
 from mambaseq.cards import card
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.errors import UserError
-from mambaseq.tasks.agreement import Agreement, leave_signals_to_us
+from mambaseq.tasks.agreement import Agreement, Sum, leave_signals_to_us
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.record import KEY, DataRecord
 
@@ -315,6 +315,8 @@ class Throughput(lightning.Callback):
     peak, `train/mfu`: the share of the peak that products with the weights use, at 6 floating point operations a token
     and parameter without embeddings.
 
+    Tokens are those of all processes, padding included: the same number in each, so that all may decide by it.
+
     tokens, seconds: all of the run. rate: tokens a second.
     """
 
@@ -323,6 +325,7 @@ class Throughput(lightning.Callback):
         self.seconds = 0.0
         self._first_tokens = 0
         self._first_seconds = 0.0
+        self._in_batch = Sum()  # whose sequences may be longer in one process than in another
         self._started = 0.0
         self._since: float | None = None  # the end of a batch, until something else than training begins
         self._is_first = True
@@ -351,6 +354,7 @@ class Throughput(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._started = time.perf_counter() if self._since is None else self._since
+        self._in_batch.begin(trainer, batch.inputs.shape[0] * batch.inputs.shape[1])
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._pause(pl_module)
@@ -384,8 +388,7 @@ class Throughput(lightning.Callback):
             torch.cuda.synchronize(pl_module.device)
         self._since = time.perf_counter()
         seconds = self._since - self._started
-        batches = trainer.world_size // getattr(trainer.datamodule, "sharing", 1)  # type: ignore[attr-defined]
-        tokens = batch.inputs.shape[0] * batch.inputs.shape[1] * batches
+        tokens = self._in_batch.read() // getattr(trainer.datamodule, "sharing", 1)  # type: ignore[attr-defined]
         self.seconds += seconds
         self.tokens += tokens
         if self._is_first:

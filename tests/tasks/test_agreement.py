@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mambaseq.tasks import agreement
-from mambaseq.tasks.agreement import Agreement, leave_signals_to_us
+from mambaseq.tasks.agreement import Agreement, Sum, leave_signals_to_us
 
 
 def trainer(processes: int, device: str, reduced: list[bool]) -> Any:
@@ -54,6 +54,27 @@ def test_on_gpus_the_answer_is_that_to_the_batch_before(monkeypatch: pytest.Monk
     assert waited == [1, 2, 3, 4]  # never for the batch that was just begun
 
 
+def test_a_sum_over_processes_is_waited_for_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU, which is asked before it has a batch, is not waited for with the batch."""
+    order: list[str] = []
+
+    def all_reduce(tensor: torch.Tensor, op: Any, async_op: bool) -> Any:
+        assert async_op
+        assert op == torch.distributed.ReduceOp.SUM
+        order.append("begun")
+        return SimpleNamespace(wait=lambda: (order.append("waited"), tensor.mul_(3)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    tokens = Sum()
+    tokens.begin(trainer(1, "cuda", []), 5)
+    assert tokens.read() == 5
+    assert order == []
+    tokens.begin(trainer(3, "cpu", []), 5)
+    order.append("batch")
+    assert tokens.read() == 15
+    assert order == ["begun", "batch", "waited"]
+
+
 def test_lightning_s_processes_ask_nothing_before_a_batch() -> None:
     """With its own way, every process waits for its GPU before each batch."""
     asks = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -68,5 +89,7 @@ def test_lightning_s_processes_ask_nothing_before_a_batch() -> None:
 def test_an_answer_from_a_gpu(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     work = SimpleNamespace(wait=lambda: torch.cuda.current_stream().wait_stream(torch.cuda.default_stream()))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, op, async_op: work)
-    agree, both = Agreement(), trainer(2, "cuda:0", [])
+    agree, tokens, both = Agreement(), Sum(), trainer(2, "cuda:0", [])
     assert [agree(both, yes) for yes in (False, True, False, False)] == [False, False, True, False]
+    tokens.begin(both, 2**33)
+    assert tokens.read() == 2**33
