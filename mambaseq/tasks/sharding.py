@@ -18,6 +18,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,19 +28,42 @@ from torch.utils._pytree import tree_map_only
 from mambaseq.atomic import write_failed
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.checkpoints.parts import PARTS, as_error, commit, new_folder, reader_of, remove_unnamed, take_apart
-from mambaseq.errors import ConfigError, shown
+from mambaseq.errors import ConfigError, UserError, shown
 from mambaseq.models import SequenceModel
 from mambaseq.ops.cpu.flat import let_storages_be_freed
 from mambaseq.tasks.record import KEY
 
 
-class _Saving:
-    """A checkpoint that is being written. Whoever holds `lock` decides whether its file will name its parts."""
+class _Saving(FileSystemWriter):
+    """Writes a checkpoint's parts, and then, in the first process, its file, which names them; all processes learn what
+    comes of that.
 
-    def __init__(self, path: Path, folder: Path) -> None:
-        self.path, self.folder = path, folder
+    file: what the file at `path` will hold. Whoever holds `lock` decides whether it is written.
+    """
+
+    def __init__(self, path: Path, folder: Path, file: bytes) -> None:
+        super().__init__(folder)
+        self.file_path, self.folder, self._file = path, folder, file
         self.done: Future[None] = Future()
         self.lock, self.abandoned = threading.Lock(), False
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called by the first process once the parts of all are on disk; what it raises is raised in all."""
+        super().finish(metadata, results)
+        with self.lock:
+            if self.abandoned:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                commit(self._file, self.file_path, self.folder)
+
+    def settle(self, written: Future[Any]) -> None:
+        """Have `done` say what came of it."""
+        try:
+            with as_error():
+                written.result()
+            self.done.set_result(None)
+        except BaseException as error:
+            self.done.set_exception(error)
 
 
 class FullySharded(ModelParallelStrategy):
@@ -81,7 +106,13 @@ class FullySharded(ModelParallelStrategy):
         Raises UserError in all processes if one of them could not write.
         """
         if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            failed: UserError | None = None
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except UserError as error:
+                failed = error
+            if (failed := self.broadcast(failed)) is not None:  # the first process alone writes
+                raise failed
             return
         self.finish_saving()
         path = Path(filepath)
@@ -92,34 +123,18 @@ class FullySharded(ModelParallelStrategy):
         file = io.BytesIO()
         if self.global_rank == 0:
             torch.save(rest, file)  # now: a thread would see what training has made of it
-        writer = FileSystemWriter(folder)
-        saving = self._pending = _Saving(path, folder)
+        saving = self._pending = _Saving(path, folder, file.getvalue())
         if self.asynchronous and not checkpoint.get(KEY, {}).get("ended"):
-            written: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
-            written.add_done_callback(lambda _: self._settle(file.getvalue(), written, saving))
+            written: Any = dcp.async_save(tensors, storage_writer=saving, process_group=self._group)
+            written.add_done_callback(saving.settle)
             return
         written = Future()
         try:
-            written.set_result(dcp.save(tensors, storage_writer=writer, process_group=self._group))
+            written.set_result(dcp.save(tensors, storage_writer=saving, process_group=self._group))
         except BaseException as error:
             written.set_exception(error)
-        self._settle(file.getvalue(), written, saving)
+        saving.settle(written)
         self.finish_saving()
-
-    def _settle(self, file: bytes, written: Future[Any], saving: _Saving) -> None:
-        """Once the parts of all processes are on disk, have the checkpoint's file name them, unless it is abandoned."""
-        try:
-            with as_error():
-                written.result()
-            if self.global_rank == 0:
-                with saving.lock:
-                    if saving.abandoned:
-                        shutil.rmtree(saving.folder, ignore_errors=True)
-                    else:
-                        commit(file, saving.path, saving.folder)
-            saving.done.set_result(None)
-        except BaseException as error:
-            saving.done.set_exception(error)
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is written beside training. Raises UserError in all processes if one of them
@@ -132,8 +147,8 @@ class FullySharded(ModelParallelStrategy):
         if error is None:
             return
         if self.global_rank == 0:
-            remove_unnamed(saving.path)  # a signal may have come once the file named the new ones
-        if (told := write_failed(saving.folder, error)) is not None:
+            remove_unnamed(saving.file_path)  # a signal may have come once the file named the new ones
+        if (told := write_failed(saving.file_path, error)) is not None:
             raise told from error
         raise error
 

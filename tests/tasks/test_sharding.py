@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import launching
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mambaseq.batch import Batch
-from mambaseq.errors import ConfigError
+from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks import sharding
@@ -133,6 +139,7 @@ def test_a_checkpoint_that_is_being_written_when_a_run_is_stopped_is_given_up(
             def slowly() -> None:
                 Path(storage_writer.path).mkdir()
                 assert goes_on.wait(20)
+                dcp.save(tensors, storage_writer=storage_writer, no_dist=True)
 
             return pool.submit(slowly)
 
@@ -153,3 +160,40 @@ def test_a_checkpoint_that_is_being_written_when_a_run_is_stopped_is_given_up(
         assert last.is_file()
     (folder,) = tmp_path.glob("last.ckpt.*.parts")
     assert torch.load(last, weights_only=True)["parts"] == {"folder": folder.name}
+
+
+def disk_gets_full(folder: Path) -> None:
+    """What each of two processes calls: there is room for parts, but not for the file, which the first one writes."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path.replace = full  # type: ignore[assignment,method-assign]
+
+    def broadcast(value: Any, src: int = 0) -> Any:
+        dist.broadcast_object_list(values := [value], src)
+        return values[0]
+
+    for options in ({}, {"asynchronous": False}, {"checkpoints": "whole"}):
+        strategy: Any = make_classes("strategy", {"class_path": "fsdp2", "init_args": options})
+        strategy.accelerator, strategy.parallel_devices = Mock(), [torch.device("cpu")] * 2
+        strategy.cluster_environment = Mock(global_rank=lambda: rank)
+        strategy.broadcast, strategy.checkpoint_io = broadcast, AtomicCheckpointIO()
+        name = "".join(map(str, options.values())) or "beside"
+
+        def save(path: Path = folder / name / "last.ckpt", strategy: Any = strategy) -> None:
+            strategy.save_checkpoint({"state_dict": {"a": torch.ones(3)}}, path)
+            strategy.finish_saving()
+
+        with pytest.raises(UserError, match=rf"The disk is full .*{name}/last\.ckpt could not be written"):
+            save()
+    dist.destroy_process_group()
+
+
+def test_all_processes_say_why_a_checkpoint_was_not_written(tmp_path: Path) -> None:
+    """That the first one alone has written, too."""
+    ranks = launching.start(functools.partial(disk_gets_full, tmp_path), tmp_path)
+    assert ranks.wait(100) == [0, 0], ranks.told(0) + ranks.told(1)
+    assert not [path for path in tmp_path.rglob("*.ckpt*") if path.is_file()]
