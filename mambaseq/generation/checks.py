@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ def check_one_pick(model: SequenceModel, what: str) -> None:
         raise ConfigError(
             f"{what} for heads that pick one token a position, and {type(model.head).__name__} picks parts of it. "
             "Leave it out."
+        )
+
+
+def check_read(model: SequenceModel, state: list[Any], told: Tensor, n: int) -> None:
+    """Raise ConfigError unless state and logits can be those after n prompts."""
+    rows = {tensor.shape[0] for layer in state for tensor in layer.tensors().values()} | {told.shape[0]}
+    if rows != {n} or (draws_once(model) and told.ndim != 2):
+        raise ConfigError(
+            f"read must be the state after the {n} prompts and the logits of their last position, (batch, vocabulary), "
+            f"as (output.state, output.logits[:, -1]) of model(ids, return_state=True); the logits are "
+            f"{tuple(told.shape)}, and there are {shown(sorted(rows))} rows."
         )
 
 

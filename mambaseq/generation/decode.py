@@ -13,7 +13,15 @@ from tqdm import tqdm
 from mambaseq import limits
 from mambaseq.encoders import settled
 from mambaseq.errors import ConfigError
-from mambaseq.generation.checks import PENALTIES, check_finite, check_one_pick, check_state_dtype, continues, draws_once
+from mambaseq.generation.checks import (
+    PENALTIES,
+    check_finite,
+    check_one_pick,
+    check_read,
+    check_state_dtype,
+    continues,
+    draws_once,
+)
 from mambaseq.generation.decoder import WORTH_A_GRAPH, Decoder
 from mambaseq.generation.guidance import Guided, check_guidance, drawn
 from mambaseq.generation.loops import by_steps, by_stretches
@@ -244,6 +252,8 @@ def stream(
         raise ConfigError("guidance makes a condition count more, and none is given. Give one, or leave guidance out.")
     if state_dtype is not None:
         check_state_dtype(model, state_dtype, guidance)
+    if read is not None:
+        check_read(model, *read, len(prompts))
     speculation = _speculation(draft, draft_tokens)
     if speculation is not None:
         others = {"guidance": guidance != 1, "given": given is not None, "state_dtype": state_dtype is not None}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mambaseq.backbones.unet import UNet
+from mambaseq.errors import ConfigError
 from mambaseq.mixers.base import Mixer, State
 from mambaseq.mixers.growing import GrowingState
 from mambaseq.models import SequenceModel
@@ -74,7 +75,11 @@ class Decoder:
     @torch.no_grad()
     def step(self, token: Tensor) -> Any:
         """token `(batch,)` or `(batch, codes)` int64 to logits `(batch, vocab_size)` fp32, or what else the head tells,
-        or with `greedy` (tokens, logits); the next step may overwrite it."""
+        or with `greedy` (tokens, logits); the next step may overwrite it. Raises ConfigError for another shape."""
+        codes = getattr(self.model.head, "codes", 0)
+        if not token.is_floating_point() and token.shape[1:] != ((codes,) if codes else ()):  # else values
+            shape = "(batch, codes)" if codes else "(batch,)"
+            raise ConfigError(f"A step takes one token a sequence, {shape}, not {tuple(token.shape)}.")
         whole = self._go_on()
         if self._token is None and self._may_capture:
             self._may_capture = can_capture(self.model, self.state, token)

@@ -278,6 +278,15 @@ def test_stream_gives_on_what_generate_adds_and_goes_on_from_a_state() -> None:
     read = told.state, told.logits[:, -1]
     for _ in range(2):  # the state stays as it is
         assert torch.equal(torch.cat(list(stream(model, both, 12, seed=3, read=read)), 1), added)
+    refused = (
+        (both, (told.state, told.logits)),  # of all positions
+        (both, (told.state, told.logits[0, -1])),
+        (both[:1], read),
+        (both, ([layer.select(torch.tensor([0])) for layer in told.state], read[1])),
+    )
+    for prompts, wrong in refused:
+        with pytest.raises(ConfigError, match=r"read must be the state after the . prompts.*logits\[:, -1\]"):
+            next(stream(model, prompts, 12, read=wrong))
     ragged = list(stream(model, [one[0], both[1]], 12, temperature=0))
     expected = [generate(model, row[None], 12, temperature=0)[0, len(row) :] for row in (one[0], both[1])]
     assert torch.equal(torch.cat(ragged, 1), torch.stack(expected))

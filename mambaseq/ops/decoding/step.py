@@ -21,6 +21,7 @@ from mambaseq.errors import shown
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.decoding import gpu as step_gpu
+from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.lti import Discretization, discretize
 
@@ -53,8 +54,14 @@ def selective_state_update_(
 
     Returns:
         y `(batch, channels)` in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
     B, C = (M[:, None] if M.ndim == 2 else M for M in (B, C))  # (batch, groups, d_state)
+    one, of_groups = state.shape[:2], (state.shape[0], B.shape[1], state.shape[2])
+    check_step("selective_state_update_", ("x", x, one), ("dt", dt, one), ("z", z, one), ("A", A, state.shape[1:]))
+    check_step("selective_state_update_", ("B", B, of_groups), ("C", C, (*of_groups[:1], C.shape[1], of_groups[2])))
     if step_gpu.can_run(state, x, dt, A, B, C, D, z, dt_bias) and step_gpu.can_update(state):
         return step_gpu.selective_state_update_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
     if state.dtype == torch.bfloat16:
@@ -120,7 +127,12 @@ def lti_update_(
 
     Returns:
         y `(batch, channels)` in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
+    one, system = state.shape[:2], state.shape[1:]
+    check_step("lti_update_", ("x", x, one), ("z", z, one), ("A", A, system), ("B", B, system), ("C", C, system))
     if step_gpu.can_run(state, x, dt, A, B, C, D, z) and step_gpu.can_update(state):
         return step_gpu.lti_update_(state, x, dt, A, B, C, D, z, discretization)
     if state.dtype == torch.bfloat16:
@@ -156,7 +168,13 @@ def ssd_update_(
 
     Returns:
         y, the shape and dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
+    of_groups = (state.shape[0], B.shape[1], state.shape[3])
+    check_step("ssd_update_", ("x", x, state.shape[:3]), ("dt", dt, state.shape[:2]))
+    check_step("ssd_update_", ("B", B, of_groups), ("C", C, of_groups))
     if (
         state.dtype in (torch.float32, torch.bfloat16)
         and step_gpu.can_run(state, x, dt, A, B, C, D, dt_bias)
@@ -201,8 +219,10 @@ def causal_conv_update_(
         y `(batch, channels)` in the dtype of x.
 
     Raises:
-        ValueError: another activation.
+        ValueError: another activation, or shapes do not fit.
     """
+    filters = (state.shape[1], state.shape[2] + 1)
+    check_step("causal_conv_update_", ("x", x, state.shape[:2]), ("weight", weight, filters))
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {shown(activation)}")
     if step_gpu.can_run(state, x, weight, bias):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops import dispatch
+from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.delta_rule import arguments as _arguments
 from mambaseq.ops.delta_rule import chunked, fla, gpu, reference, step
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
@@ -89,8 +90,13 @@ def delta_rule_update_(
     Without gradients it is one kernel on a GPU, and on a CPU with a float32 state.
 
     q, k `(batch, key heads, d_key)`, v `(batch, heads, d_value)`, g `(batch, heads)` or `(batch, heads, d_key)`, beta
-    `(batch, heads)`. Returns y, the shape and dtype of v.
+    `(batch, heads)`. Returns y, the shape and dtype of v. Raises ValueError where shapes do not fit.
     """
+    batch, heads, d_value, d_key = state.shape
+    of_key, of_step = (batch, k.shape[1], d_key), (batch, heads)
+    check_step("delta_rule_update_", ("v", v, (batch, heads, d_value)), ("k", k, of_key), ("q", q, of_key))
+    of_g = of_step if g is None or g.ndim == 2 else (*of_step, d_key)
+    check_step("delta_rule_update_", ("g", g, of_g), ("beta", beta, of_step))
     if step.can_run_on_cpu(state, q, k, v, g, beta):
         return step.update_on_cpu_(state, q, k, v, g, beta)
     if step.can_run_on_gpu(state, q, k, v, g, beta):
@@ -100,7 +106,7 @@ def delta_rule_update_(
         y = delta_rule_update_(kept, q, k, v, g, beta)
         state.copy_(kept)
         return y
-    wide, heads = state.dtype, v.shape[1]
+    wide = state.dtype
     q, k = (value.to(wide).repeat_interleave(heads // value.shape[1], dim=1) for value in (q, k))
     if g is not None:
         state.mul_(torch.exp(g.to(wide))[..., None, None] if g.ndim == 2 else torch.exp(g.to(wide))[:, :, None])

@@ -11,6 +11,7 @@ from torch import Tensor
 from mambaseq.ops.cpu.flat import flat
 from mambaseq.ops.cpu.threads import share
 from mambaseq.ops.decoding import gpu as step_gpu
+from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import portable
 
@@ -41,7 +42,15 @@ def trapezoidal_update_(
 
     Returns:
         y, the shape and dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
+    (*one, head_dim, d_state), rank = state.shape, x.shape[-2]
+    inputs, matrices = (*one, rank, head_dim), (*one, rank, d_state)
+    check_step("trapezoidal_update_", ("x", x, inputs), ("last_x", last_x, inputs))
+    check_step("trapezoidal_update_", ("B", B, matrices), ("C", C, matrices), ("last_B", last_B, matrices))
+    check_step("trapezoidal_update_", *((name, v, tuple(one)) for name, v in (("dt", dt), ("A", A), ("trap", trap))))
     given = (x, dt, A, trap, B, C, last_x, last_B)
     if step_gpu.can_run(state, *given) and step_gpu.can_update(state) and not state.is_complex():
         return _on_gpu(state, *given)

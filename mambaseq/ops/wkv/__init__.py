@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops import dispatch
+from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.wkv import arguments as _arguments
 from mambaseq.ops.wkv import reference, scan
 from mambaseq.ops.wkv.arguments import WkvArguments, empty_state
@@ -69,8 +70,11 @@ def wkv(
 def wkv_update_(state: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """One step of `wkv`; changes state `(batch, 3, channels)` in place.
 
-    k, v `(batch, channels)`; w, u `(channels,)`. Returns y `(batch, channels)` in the dtype of k.
+    k, v `(batch, channels)`; w, u `(channels,)`. Returns y `(batch, channels)` in the dtype of k. Raises ValueError
+    where shapes do not fit.
     """
+    one = (state.shape[0], state.shape[2])
+    check_step("wkv_update_", ("k", k, one), ("v", v, one))
     dtype, (num, den, m) = k.dtype, state.unbind(1)
     k, v, w, u = (value.to(state.dtype) for value in (k, v, w, u))
     top = torch.maximum(m, u + k)
