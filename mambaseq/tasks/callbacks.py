@@ -99,6 +99,9 @@ class RunCheckpoints(Checkpoint):
         self.began = self.ended = self._flush = False
         self._due = self._stopping = self._asked = False
         self._agree = Agreement()
+        self._waits: float | None = None  # seconds between validations, where they go by time
+        self._over = Agreement()  # whether that time is over
+        self._validated_at = 0.0
         self._previous: dict[int, Any] = {}
 
     @property
@@ -184,12 +187,21 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.began, self._tokens = True, self.often.throughput.tokens
         self._agree = Agreement()
+        self._waits = getattr(trainer, "_val_check_time_interval", None)  # not in all versions of Lightning
+        self._wait_anew(trainer)
         leave_signals_to_us(trainer)
         self._beside = getattr(trainer.strategy, "asynchronous", False)
         self._saved_step = trainer.global_step if self.last.is_file() else None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._ask)
+
+    def _wait_anew(self, trainer: lightning.Trainer) -> None:
+        """Begin the time until the next validation. Lightning would have every process ask its own clock, and by a time
+        of its last validation that is infinite it finds what the first process's clock has said."""
+        self._validated_at, self._over = time.monotonic(), Agreement()
+        if self._waits is not None:
+            trainer._last_val_time = math.inf
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -220,6 +232,9 @@ class RunCheckpoints(Checkpoint):
             validates = crossed(self.often.val_n_tokens)
         if self.often.val_n_tokens:
             trainer.val_check_batch = 1 if validates else NEVER
+        if self._waits is not None:
+            over = trainer.is_global_zero and time.monotonic() - self._validated_at >= self._waits
+            trainer._last_val_time = -math.inf if self._over(trainer, over) else math.inf
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         validates = sum(trainer.num_val_batches) > 0 and loop._should_check_val_fx(fetcher)
@@ -230,6 +245,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self.validated_step = trainer.global_step
+        self._wait_anew(trainer)
         if self.monitor:
             score = float(trainer.callback_metrics[self.monitor])
             if self._is_better(score):

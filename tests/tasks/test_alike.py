@@ -5,14 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import launching
 import lightning
+import pytest
+from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 
 from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.tasks import callbacks
 from mambaseq.tasks.task import Task
 
 CONFIG = """
@@ -53,11 +59,28 @@ def noted(path: str) -> None:
     lightning.Trainer.save_checkpoint = saving  # type: ignore[method-assign]
 
 
-def start(folder: Path, *command: str) -> list[dict[str, list[int]]]:
-    """Two processes, and what each has written down."""
-    paths = [folder / f"{rank}.notes" for rank in range(2)]
-    ranks = launching.start(list(command), folder, before={n: functools.partial(noted, str(paths[n])) for n in (0, 1)})
+def clock(seconds: float) -> None:
+    """Have this process's clock move so far with every batch that it begins, and not otherwise."""
+    now, began = [0.0], Task.on_train_batch_start
+
+    def beginning(self: Task, batch: Any, number: int) -> None:
+        now[0] += seconds
+        began(self, batch, number)
+
+    Task.on_train_batch_start = beginning  # type: ignore[method-assign]
+    for module in (callbacks, training_epoch_loop, evaluation_loop, fit_loop):
+        module.time = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)  # type: ignore[attr-defined]
+
+
+def run_two(folder: Path, command: list[str], *before: Callable[[], None]) -> None:
+    ranks = launching.start(command, folder, before=dict(enumerate(before)))
     assert ranks.wait(60) == [0, 0], ranks.told(0) + ranks.told(1)
+
+
+def noted_by_two(folder: Path, *command: str) -> list[dict[str, list[int]]]:
+    """What each of two processes has written down."""
+    paths = [folder / f"{rank}.notes" for rank in range(2)]
+    run_two(folder, list(command), *(functools.partial(noted, str(path)) for path in paths))
     told: list[dict[str, list[int]]] = []
     for path in paths:
         told.append({})
@@ -72,15 +95,20 @@ def crossed(totals: list[int], interval: int) -> list[int]:
     return [step for step, (before, now) in enumerate(itertools.pairwise(counts), 1) if before < now]
 
 
+def begin(folder: Path, *more: str) -> tuple[RunFolder, list[str]]:
+    """A new run, and the command that begins it."""
+    (folder / "c.yaml").write_text(CONFIG)
+    run = RunFolder(folder / "run")
+    return run, ["fit", "--allow-import=tiny", "--config", str(folder / "c.yaml"), "--out", str(run.path), *more]
+
+
 def test_they_save_and_validate_by_the_tokens_of_all(tmp_path: Path) -> None:
     """Also in a run that goes on, where each has counted what both have done."""
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    run = RunFolder(tmp_path / "run")
     often = ["--checkpoint.every_n_tokens=500", "--checkpoint.val_every_n_tokens=300", "--checkpoint.monitor="]
-    begin = ["fit", "--allow-import=tiny", "--config", str(tmp_path / "c.yaml"), "--out", str(run.path), *often]
-    first = start(tmp_path, *begin, "--trainer.max_steps=7")
+    run, command = begin(tmp_path, *often)
+    first = noted_by_two(tmp_path, *command, "--trainer.max_steps=7")
     assert read_checkpoint(run.last)["callbacks"]["Throughput"]["tokens"] == sum(sum(one["batch"]) for one in first)
-    both = start(tmp_path, "fit", "--allow-import=tiny", "--resume", str(run.path), "--trainer.max_steps=12")
+    both = noted_by_two(tmp_path, "fit", "--allow-import=tiny", "--resume", str(run.path), "--trainer.max_steps=12")
     assert both[0]["batch"] != both[1]["batch"]
     totals = list(itertools.accumulate(map(sum, zip(both[0]["batch"], both[1]["batch"], strict=True))))
     assert read_checkpoint(run.last)["callbacks"]["Throughput"]["tokens"] == totals[-1]
@@ -88,3 +116,11 @@ def test_they_save_and_validate_by_the_tokens_of_all(tmp_path: Path) -> None:
     ends = [7, 12]
     assert both[0]["last.ckpt"] == both[1]["last.ckpt"] == sorted(crossed(totals, 500) + ends)
     assert [step + 1 for step, _ in run.curve("val/loss")] == sorted({*crossed(totals, 300), *ends})
+
+
+@pytest.mark.skipif(not hasattr(training_epoch_loop, "time"), reason="this Lightning has no such interval")
+def test_the_first_process_s_clock_says_when_to_validate(tmp_path: Path) -> None:
+    every = ["--trainer.val_check_interval=00:00:00:04", "--checkpoint.every_n_steps=5"]
+    run, command = begin(tmp_path, *every)
+    run_two(tmp_path, command, functools.partial(clock, 1.0), functools.partial(clock, 1.5))
+    assert [step + 1 for step, _ in run.curve("val/loss")] == [4, 8, 12]
