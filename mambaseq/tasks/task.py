@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -246,9 +246,7 @@ class Task(lightning.LightningModule):
         """The number of the batch's targets, and that of all processes, once the third has been waited for: the sum is
         begun before the loss is computed. None where batches need no weights."""
         processes = self.trainer.world_size
-        if self.trainer.strategy.handles_gradient_accumulation or (
-            processes == 1 and self.trainer.accumulate_grad_batches == 1
-        ):
+        if processes == 1 and self.trainer.accumulate_grad_batches == 1:
             return None
         here = batch.n_targets
         if processes == 1:
@@ -330,7 +328,7 @@ class Task(lightning.LightningModule):
     @property
     def _is_sharded(self) -> bool:
         """Whether a layer's weights are gathered from all processes when it is run."""
-        return isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def _compare_counts(self, stage: str) -> None:
         """Of sharded models: find how many more batches of this evaluation another process has than this one.
@@ -413,24 +411,9 @@ class Task(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._finish("test")
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Lightning leaves clipping of sharded gradients to FSDP."""
-        model = self.trainer.strategy.model
-        by_norm = gradient_clip_algorithm in (None, "norm")
-        if gradient_clip_val and by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
-            model.clip_grad_norm_(gradient_clip_val)  # type: ignore[union-attr, operator]
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
-        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        if self.optimizer_config.name == "muon" and sharded:
+        if self.optimizer_config.name == "muon" and self._is_sharded:
             raise ConfigError(
                 "optimizer.name is 'muon', which needs whole matrices, but the strategy (fsdp2) gives every process a "
                 "part of each. Set optimizer.name to adamw, or trainer.strategy to ddp."
