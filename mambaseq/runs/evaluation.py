@@ -18,6 +18,7 @@ from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, plain_interrupts
 from mambaseq.runs.judging import Judge, groups_of, keeps_answers
 from mambaseq.runs.parsing import changed_model_settings, parse_config
+from mambaseq.runs.processes import check_devices
 from mambaseq.runs.report import has_section, write_report
 from mambaseq.runs.resuming import changed_settings, read_record, record_of, say
 from mambaseq.runs.trainer import make_trainer, misconfigured, quiet
@@ -52,6 +53,7 @@ def evaluate(
             f"{', '.join(changed)} cannot be set here: {command} evaluates the model that was trained. Leave it out, "
             "or train another model with `mambaseq fit`."
         )
+    check_devices(settings.trainer)
     with quiet():
         return _evaluate(settings, folder, command, progress, baselines, dtype)
 

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import lightning
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import (
-    ClusterEnvironment,
-    LSFEnvironment,
-    MPIEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.errors import ConfigError, cut_list
-from mambaseq.limits import DEVICES
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.config import RunConfig
+from mambaseq.runs.processes import check_devices
 from mambaseq.tasks.bar import Bar
 from mambaseq.tasks.callbacks import NEVER
 from mambaseq.tasks.replicated import Replicated
@@ -55,8 +46,7 @@ def make_trainer(
             raise ConfigError(f"trainer.{key} is {options[key]}, but {why}. Leave trainer.{key} out.")
     if isinstance(every := options.get("accumulate_grad_batches"), int) and every < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches must be at least 1; it is {every}.")
-    _check_devices(options.get("devices"))
-    _check_nodes(options.get("num_nodes", 1), options.get("plugins"))
+    options |= check_devices(options)
     given = options.pop("logger", None)
     given = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
     own = options.pop("callbacks", None) or []
@@ -83,31 +73,6 @@ def make_trainer(
             "trainer.devices to 1, or run `mambaseq fit` in a terminal."
         )
     return trainer
-
-
-def _check_devices(devices: Any) -> None:
-    """Raise UserError for more than `limits.DEVICES`: on CPUs Lightning would start that many processes."""
-    if isinstance(devices, str) and devices.strip().isdecimal():
-        devices = int(devices)
-    if isinstance(devices, str | list):
-        devices = len(devices.split(",") if isinstance(devices, str) else devices)
-    if isinstance(devices, int):
-        DEVICES.check(devices, "trainer.devices")
-
-
-def _check_nodes(count: Any, plugins: Any) -> None:
-    """Raise ConfigError for several machines if nothing says which one this is: it would wait for the others."""
-    given = plugins if isinstance(plugins, list) else [plugins]
-    if not isinstance(count, int) or count <= 1 or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
-        return
-    launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
-    by_hand = {"NODE_RANK", "GROUP_RANK"} & os.environ.keys() and "MASTER_ADDR" in os.environ
-    if not by_hand and not any(launcher.detect() for launcher in launchers):
-        raise ConfigError(
-            f"trainer.num_nodes is {count}, but nothing says which of them this machine is, so it would wait for the "
-            "others forever. Start the run with torchrun or SLURM on each, or set NODE_RANK and MASTER_ADDR; on one "
-            "machine leave trainer.num_nodes out."
-        )
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, Training, diverged, interrupted
 from mambaseq.runs.lost import told_if_lost, watch_processes
 from mambaseq.runs.parsing import changed_model_settings, parse_config
+from mambaseq.runs.processes import check_devices
 from mambaseq.runs.report import write_report
 from mambaseq.runs.resuming import (
     Resumption,
@@ -119,6 +120,7 @@ def fit(
     folder.check_place(begins=not resume)
     settings = parse_config(config, overrides)  # a refused run leaves no folder behind
     settings.check_model()
+    check_devices(settings.trainer)
     with folder.locked():
         if not resume:
             folder.check_new()

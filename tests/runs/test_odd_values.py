@@ -82,16 +82,16 @@ def test_a_scale_that_leaves_nothing_of_the_pooled_vector_is_refused(scale: floa
 
 
 def test_several_machines_are_refused_where_nothing_says_which_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mambaseq.runs.trainer import _check_nodes
+    from mambaseq.runs.processes import check_devices
 
     for name in ("NODE_RANK", "GROUP_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes is 2"):
-        _check_nodes(2, None)
-    _check_nodes(1, None)
+        check_devices({"num_nodes": 2})
+    check_devices({"num_nodes": 1})
     monkeypatch.setenv("NODE_RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    _check_nodes(2, None)
+    check_devices({"num_nodes": 2})
 
 
 def test_more_workers_than_a_machine_has_room_for_are_refused_by_their_key() -> None:
@@ -202,9 +202,9 @@ def test_what_cannot_be_meant_is_refused_by_its_key(key: str, value: Any, tmp_pa
 
 @pytest.mark.parametrize("devices", [100_000, "100000", [0] * 300])
 def test_more_processes_than_a_machine_has_room_for_are_refused_by_their_key(devices: Any) -> None:
-    from mambaseq.runs.trainer import _check_devices
+    from mambaseq.runs.processes import check_devices
 
     with pytest.raises(UserError, match=r"trainer\.devices asks for .*MAMBASEQ_MAX_DEVICES"):
-        _check_devices(devices)
+        check_devices({"devices": devices})
     for fine in (2, "auto", "2", "0,1", [0, 1], -1, None):
-        _check_devices(fine)
+        check_devices({} if fine is None else {"devices": fine})

@@ -1,0 +1,116 @@
+"""What a launcher has started is what a run trains on, or the run says that it is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import launching
+import pytest
+import torch
+
+from mambaseq.errors import ConfigError
+from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs import processes
+from mambaseq.runs.processes import check_devices
+
+CONFIG = """
+data: {name: "tiny:TinyTokens", size: 32}
+model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4, backend: reference}}
+loader: {batch_size: 2}
+trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false}
+"""
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
+SLURM = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
+STEP = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}
+BY_HAND = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch):
+    """Sets the environment of a process that is started by nobody but what is given."""
+
+    def environment(given: dict[str, str]) -> None:
+        for name in os.environ:
+            if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in TORCHRUN:
+                monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "found"),
+    [
+        ({}, {}, {}),
+        ({}, {"devices": 2}, {}),
+        (TORCHRUN, {}, {"devices": 8, "num_nodes": 2}),
+        (TORCHRUN, {"devices": "auto", "num_nodes": 2}, {"devices": 8, "num_nodes": 2}),
+        (TORCHRUN, {"devices": "8", "num_nodes": 2}, {}),
+        (SLURM | STEP, {}, {"devices": 8, "num_nodes": 2}),
+        (SLURM, {}, {}),  # the job's script itself
+        (BY_HAND, {}, {"devices": 2, "num_nodes": 1}),
+        ({**BY_HAND, "WORLD_SIZE": "1"}, {"devices": 1}, {}),
+    ],
+)
+def test_devices_are_what_a_launcher_started(given: dict, settings: dict, found: dict, start) -> None:
+    start(given)
+    assert check_devices({"accelerator": "cpu", **settings}) == found
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "told"),
+    [
+        (TORCHRUN, {"devices": 1}, r"is 1 \* 1 = 1, but torchrun started 16 .* --trainer.devices 16, or start 1\."),
+        (TORCHRUN, {"devices": [0, 1], "num_nodes": 2}, r"is 2 \* 2 = 4, but torchrun .* Give --trainer.devices 8"),
+        (TORCHRUN, {"num_nodes": 4}, r"torchrun started 16 processes, 8 of them on this machine; not 8 \* 4"),
+        (SLURM | STEP, {"devices": 4}, r"is 4 \* 1 = 4, but SLURM started 16 processes"),
+        (BY_HAND, {"devices": "4"}, r"is 4 \* 1 = 4, but a launcher .* started 2 processes.*--trainer.devices 2"),
+    ],
+)
+def test_other_devices_than_a_launcher_started_are_refused(given: dict, settings: dict, told: str, start) -> None:
+    start(given)
+    with pytest.raises(ConfigError, match=told):
+        check_devices({"accelerator": "cpu", **settings})
+
+
+def test_a_script_that_has_trained_on_two_goes_on_with_two(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start({"LOCAL_RANK": "0"})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert check_devices({"accelerator": "cpu"}) == {"devices": 2, "num_nodes": 1}
+    with pytest.raises(ConfigError, match="but an earlier training of this script started 2 processes"):
+        check_devices({"accelerator": "cpu", "devices": 1})
+
+
+def test_gpus_that_are_not_there_are_refused_with_a_remedy(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start({})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for accelerator in ("gpu", "auto"):
+        with pytest.raises(ConfigError, match=r"trainer\.devices is 4, .* sees 2 GPUs\. Give --trainer\.devices 2, or"):
+            check_devices({"accelerator": accelerator, "devices": 4})
+    assert check_devices({"accelerator": "gpu", "devices": -1}) == {}
+    start({**BY_HAND, "WORLD_SIZE": "8"})
+    with pytest.raises(ConfigError, match="no --gpus-per-task"):
+        check_devices({})
+
+
+def speak_at_once() -> None:
+    processes._FIRST_SPEAKS = 0.0
+
+
+def test_two_processes_of_torchrun_train_one_run_or_refuse_it_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    run = tmp_path / "run"
+    command = ["fit", "--allow-import", "tiny", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
+    before = {1: speak_at_once}
+    ranks = launching.start([*command, "--trainer.devices=1"], tmp_path, before=before)
+    assert ranks.wait(60) == [2, 2]
+    assert ranks.told(0).startswith("mambaseq fit: trainer.devices times trainer.num_nodes is 1 * 1 = 1, but torchrun")
+    assert ranks.told(1) == ""
+    assert not run.exists()
+    ranks = launching.start(command, tmp_path)
+    assert ranks.wait(100) == [0, 0], ranks.told(0) + ranks.told(1)
+    assert RunFolder(run).read_results()["devices"] == 2
