@@ -7,6 +7,7 @@ import os
 import sys
 
 from mambaseq.arguments import Arguments
+from mambaseq.cli.ahead import count_others, started, taken_by_lightning
 from mambaseq.cli.arguments import asks_for_help, check_overrides, print_keys, refuse_words
 from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, cut_list, shown, under_key
@@ -80,12 +81,14 @@ def run(argv: list[str], command: str) -> int:
         if rank() == 0 and (others := folder.others()):
             told = cut_list(map(shown, others), 3, 200)
             print(f"mambaseq: {folder.path} holds {told}; the run is written beside that.", file=sys.stderr)
-    with uncollected(for_good=True):
-        from mambaseq.runs.training import fit
-    phases.end("imports")
-
     resume, changed = arguments.resume is not None, arguments.allow_changed_data
-    outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed, phases=phases)
+    is_whole = sys.argv[1:] == ["fit", *argv]  # not called within a program, which Lightning would start again
+    with started(count_others(raw, overrides) if is_whole else 0) as processes:
+        with uncollected(for_good=True):
+            from mambaseq.runs.training import fit
+        phases.end("imports")
+        with taken_by_lightning(processes):
+            outcome = fit(config, folder, overrides, resume=resume, allow_changed_data=changed, phases=phases)
     if outcome.message and rank() == 0:
         print(outcome.message, file=sys.stderr if outcome.code else sys.stdout, flush=True)
     # an outcome that all processes share; what started them kills the first at another's nonzero code, at its last page

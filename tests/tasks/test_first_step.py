@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from mambaseq.cli.main import main
 from mambaseq.reporting.runs import RunFolder
 
@@ -22,7 +24,7 @@ trainer: {max_steps: 3, accelerator: cpu, limit_val_batches: 0}
 PHASES = ["imports", "settings", "data", "model", "processes", "placing", "first batch", "first step"]
 
 
-def test_each_start_of_a_run_tells_its_phases(tmp_path: Path, capfd) -> None:
+def test_each_start_of_a_run_tells_its_phases(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
     run = RunFolder(tmp_path / "run")
     allowed = ["--allow-import", "tiny"]
