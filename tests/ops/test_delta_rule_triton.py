@@ -107,6 +107,20 @@ def test_kernels_with_a_decay_a_channel_in_full_precision() -> None:
         assert relative_rms_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("rate", [1, 2, 4, 8, 16, 32, 100])
+def test_products_with_a_decay_a_channel_end_on_every_level(rate: float) -> None:
+    """From whole chunks at once to pairs of neighbours: twice as fast decays need one level more."""
+    made = moved(first_head(drawn("levels", 1, 66, rate=0.1, channels=True, key_heads=1)), PLACE)
+    assert made.g is not None
+    made.g[..., ::2] = -rate * Draw("rates").uniform(0.9, 1, *made.g[..., ::2].shape).to(PLACE)
+    double = made._replace(**{name: getattr(made, name).double() for name in ("q", "k", "v", "initial_state")})
+    for actual, expected in zip(TRITON.run(made), TORCH.run(double), strict=True):
+        assert relative_rms_error(actual, expected) < 1e-5
+    rounded = as_dtype(made, torch.bfloat16)
+    for actual, expected in zip(TRITON.run(rounded), TORCH.run(as_dtype(rounded, torch.float64)), strict=True):
+        assert relative_rms_error(actual, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
 def test_gradients_with_a_decay_a_channel_in_full_precision() -> None:
     """Of log-decays, from which spans that do not reach over them are taken away again: nothing is left of these."""
     made = first_head(drawn("full gradients, channels", 1, 66, rate=0.1, channels=True, key_heads=1))

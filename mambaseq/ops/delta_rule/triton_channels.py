@@ -3,9 +3,11 @@
 
 Products of rows i and j < i, decayed in each channel by what lies between, are made in levels: on each, blocks of two
 positions, four and so on are cut in their middle, where the two factors meet, so that the factors' decays are at most
-1. Their exponents are differences of `sums` (chunks, heads, parts, SIZE, d_key), of log-decays in units of log 2 from
-the chunk's beginning. In bfloat16 there is one part. Else there are two, EXACT: sums of multiples of 1/64, which have
-all their digits, and of what is left, so that the differences have float32's.
+1. Forward, from whole chunks down, the first level on which none of them is below 2^-60 is the last (but in float16): a
+block's pairs on one side of its middle are made there as well, by decays of which one is undone, by a factor of at most
+2^60. Exponents are differences of `sums` (chunks, heads, parts, SIZE, d_key), of log-decays in units of log 2 from the
+chunk's beginning. In bfloat16 there is one part. Else there are two, EXACT: sums of multiples of 1/64, which have all
+their digits, and of what is left, so that the differences have float32's.
 
 Backward, a product on a level does for both of those that meet: matrices are their own mirror images, and rows of its
 right side are of q where they come later and of k where they come earlier. What a pair's span says of its log-decays is
@@ -33,19 +35,29 @@ from mambaseq.ops.delta_rule.triton_kernels import (
 from mambaseq.ops.ssd.triton_kernels import _chunk, _rounded, _row
 
 _LEVELS = tl.constexpr(6)  # until blocks of SIZE are single positions
+# the largest exponent of a factor in units of log 2 on the last level: products fit in float32, also of pairs that do
+# not meet, and what is multiplied by 2^-60 keeps its digits in all but float16
+_FAR = tl.constexpr(60.0)
+
+
+@triton.jit
+def _cut_off(values):
+    """Their first 8 bits: a GPU rounds two numbers at once, but not where it needs each of them in float32 as well."""
+    return (values.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _summed(chosen, values, EXACT: tl.constexpr):
     """The sums of those rows of `values` that are chosen, in parts of 8 bits each: of 16 bits, EXACT of float32's."""
     ones = tl.where(chosen, 1.0, 0.0).to(tl.bfloat16)
-    high = _rounded(values, tl.bfloat16)
-    rest = values - high.to(tl.float32)
-    low = _rounded(rest, tl.bfloat16)
-    total = _dot(ones, high) + _dot(ones, low)
+    high = _cut_off(values)
+    low = values - high
+    total = _dot(ones, high.to(tl.bfloat16))
     if EXACT:
-        total += _dot(ones, _rounded(rest - low.to(tl.float32), tl.bfloat16))
-    return total
+        rest = low
+        low = _cut_off(rest)
+        total += _dot(ones, _rounded(rest - low, tl.bfloat16))
+    return total + _dot(ones, _rounded(low, tl.bfloat16))
 
 
 @triton.jit
@@ -92,11 +104,37 @@ def _until(coarse, fine, sums, n, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _to_middle(coarse, fine, sums, i, n, level, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
-    """The decays between positions and the middle of their blocks."""
+def _from_middle(coarse, fine, sums, i, n, level, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    """The sums of log-decays from the middle of their blocks to positions, of later ones; of earlier ones less them."""
     middle = ((i >> level | 1) << level) - 1  # the last position of the earlier half
-    span = _span(coarse, fine, sums, middle, n, N, SIZE, EXACT)
+    return _span(coarse, fine, sums, middle, n, N, SIZE, EXACT)
+
+
+@triton.jit
+def _nearer(span, i, level):
+    """The decays between positions and the middle of their blocks."""
     return tl.exp2(tl.where((i >> level & 1 == 1)[:, None], span, -span))
+
+
+@triton.jit
+def _to_middle(coarse, fine, sums, i, n, level, N, SIZE: tl.constexpr, EXACT: tl.constexpr):
+    return _nearer(_from_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT), i, level)
+
+
+@triton.jit
+def _far(span, MOST: tl.constexpr):
+    """Whether a decay, or what undoes it, may be too much for a number to hold."""
+    return tl.max(tl.max(tl.abs(span), axis=1), axis=0) > MOST
+
+
+@triton.jit
+def _met(products, overlaps, meeting, qs, ks, right, DELTA: tl.constexpr):
+    """Products of q and k, and of k and k with DELTA, with those of the pairs that are meeting."""
+    right = tl.trans(right)
+    products += tl.where(meeting, _dot(qs, right), 0.0)
+    if DELTA:
+        overlaps += tl.where(meeting, _dot(ks, right), 0.0)
+    return products, overlaps
 
 
 @triton.jit(do_not_specialize=_CHANGING)
@@ -110,6 +148,8 @@ def pairs_of_channels(
     is room for it (`kept_overlaps`)."""
     OPERAND: tl.constexpr = k.dtype.element_ty
     PARTS: tl.constexpr = 2 if EXACT else 1
+    DELTA: tl.constexpr = beta is not None
+    MOST: tl.constexpr = 0.0 if k.dtype.element_ty == tl.float16 else _FAR
     c = tl.program_id(0)
     h = tl.program_id(1)
     i = tl.arange(0, SIZE)
@@ -122,11 +162,8 @@ def pairs_of_channels(
     g = _row(g, g_batch, g_row, batch, first) + h * g_head
     sums += which * (PARTS * SIZE * N)
     later, earlier = i[:, None], i[None, :]
-    # the level on which a pair meets: the exponent of a number in float32
-    meet = (later ^ earlier).to(tl.float32).to(tl.int32, bitcast=True) >> 23
-    meet = tl.where(later > earlier, meet - 127, -1)
-    products = tl.zeros([SIZE, SIZE], dtype=tl.float32)
-    overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    own = tl.zeros([SIZE], dtype=tl.float32)
+    # two loops, since one would have no registers for the products
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         at = i[:, None] * N + n[None, :]
@@ -144,20 +181,41 @@ def pairs_of_channels(
         tl.store(total + which * N + n, whole, mask=n < N)
         ks = _rows(k, row, k_row, n, here, N).to(tl.float32)
         qs = _rows(q, row, q_row, n, here, N).to(tl.float32)
+        own += tl.sum(qs * ks, axis=1)
         into = which * (SIZE * N) + at
         since = _since(coarse, fine, EXACT)
         tl.store(q_down + into, _as(qs * since, OPERAND), mask=known)
-        if beta is not None:
+        if DELTA:
             tl.store(k_down + into, _as(ks * since, OPERAND), mask=known)
         until = _until(coarse, fine, sums, n, N, SIZE, EXACT)
         tl.store(k_up + into, _as(ks * until, OPERAND), mask=known)
-        products += tl.where(later == earlier, tl.sum(qs * ks, axis=1)[:, None], 0.0)
-        for level in range(0, _LEVELS):
-            decay = _to_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
-            right = _as(ks * decay, OPERAND)
-            products += tl.where(meet == level, _dot(_as(qs * decay, OPERAND), tl.trans(right)), 0.0)
-            if beta is not None:
-                overlaps += tl.where(meet == level, _dot(right, tl.trans(right)), 0.0)
+
+    products = tl.where(later == earlier, own[:, None], 0.0)
+    overlaps = tl.zeros([SIZE, SIZE], dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        coarse, fine = _sums(sums, i, n, N, SIZE, EXACT)
+        span = _span(coarse, fine, sums, tl.full([1], SIZE // 2 - 1, tl.int32), n, N, SIZE, EXACT)
+        level = _LEVELS - 1
+        # k and q are read again on each level, for which there are no registers either
+        while (level > 0) & _far(span, MOST):
+            decay = _nearer(span, i, level)
+            right = _as(_rows(k, row, k_row, n, here, N).to(tl.float32) * decay, OPERAND)
+            left = _as(_rows(q, row, q_row, n, here, N).to(tl.float32) * decay, OPERAND)
+            half = (later >> level) << level
+            meeting = (earlier < half) & (earlier >= half - ((later >> level & 1) << level))
+            products, overlaps = _met(products, overlaps, meeting, left, right, right, DELTA)
+            level -= 1
+            coarse, fine = _sums(sums, i, n, N, SIZE, EXACT)
+            span = _from_middle(coarse, fine, sums, i, n, level, N, SIZE, EXACT)
+        # the last one: all pairs of a block
+        meeting = (earlier < later) & (earlier >= (later >> (level + 1)) << (level + 1))
+        ks = _rows(k, row, k_row, n, here, N).to(tl.float32)
+        qs = _rows(q, row, q_row, n, here, N).to(tl.float32)
+        decay = tl.exp2(span)
+        right = _as(ks * tl.exp2(tl.minimum(-span, MOST)), OPERAND)
+        left = _as(ks * decay, OPERAND)
+        products, overlaps = _met(products, overlaps, meeting, _as(qs * decay, OPERAND), left, right, DELTA)
     at = which * (SIZE * SIZE) + i[:, None] * SIZE + i[None, :]
     tl.store(scores + at, _as(products, scores.dtype.element_ty))
     if beta is not None:
@@ -165,7 +223,8 @@ def pairs_of_channels(
         if kept_overlaps is not None:
             tl.store(kept_overlaps + at, _as(overlaps, kept_overlaps.dtype.element_ty))
         below = overlaps * rate.to(tl.float32)[:, None]
-        tl.store(inverse + at, _as(_inverse(below, SIZE, PRECISION), inverse.dtype.element_ty))
+        scratch = (inverse + which * (SIZE * SIZE)).to(tl.pointer_type(tl.float32))
+        tl.store(inverse + at, _as(_inverse(below, scratch, SIZE, PRECISION), inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_CHANGING)

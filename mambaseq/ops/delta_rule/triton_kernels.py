@@ -132,21 +132,28 @@ def _doubled(found, A, half: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def _inverse(A, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(A, scratch, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """(1 + A)⁻¹ of what is below A's diagonal: of blocks by elimination, then twice as large ones by products, whose
-    terms are no larger than the result."""
-    BLOCKS: tl.constexpr = SIZE // _LEAST
+    terms are no larger than the result. A thread has a column of a block, to which the rows of A are read from
+    `scratch`, 2 SIZE _LEAST numbers that nothing else is in."""
     LEVELS: tl.constexpr = 2  # SIZE is 4 blocks
-    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
-    b = tl.arange(0, _LEAST)
-    # (BLOCKS, _LEAST, _LEAST), those on the diagonal
-    below = tl.sum(tl.where(own, tl.reshape(A, [BLOCKS, _LEAST, BLOCKS, _LEAST]), 0.0), axis=2)
-    found = tl.where((b[:, None] == b[None, :])[None], 1.0, tl.zeros_like(below))
-    for j in tl.static_range(0, _LEAST - 1):
-        column = tl.sum(tl.where((b == j)[None, None, :], below, 0.0), axis=2)
-        line = tl.sum(tl.where((b == j)[None, :, None], found, 0.0), axis=1)
-        found -= column[:, :, None] * line[:, None, :]
-    whole = tl.reshape(tl.where(own, found[:, :, None, :], 0.0), [SIZE, SIZE])
+    i = tl.arange(0, SIZE)
+    block, column = i // _LEAST, i % _LEAST
+    own = block[:, None] == block[None, :]
+    at = i[:, None] * _LEAST + column[None, :]
+    tl.store(scratch + at, A, mask=own)
+    tl.debug_barrier()  # before other threads read them
+    first = scratch + block * (_LEAST * _LEAST)
+    found = scratch + SIZE * _LEAST
+    rows = ()
+    for r in tl.static_range(0, _LEAST):
+        row = tl.where(column == r, 1.0, 0.0)
+        for j in tl.static_range(0, r):
+            row -= tl.load(first + (r * _LEAST + j)) * rows[j]
+        tl.store(found + block * (_LEAST * _LEAST) + r * _LEAST + column, row)
+        rows += (row,)
+    tl.debug_barrier()
+    whole = tl.load(found + at, mask=own, other=0.0)
     for level in tl.static_range(0, LEVELS):
         whole = _doubled(whole, A, _LEAST << level, SIZE, PRECISION)
     return whole
@@ -189,7 +196,8 @@ def pairs(
     if beta is not None:
         rate = tl.load(_row(beta, b_batch, b_row, batch, first) + h * b_head + row * b_row, mask=here, other=0.0)
         below = tl.where(i[:, None] > i[None, :], overlaps * decays * rate.to(tl.float32)[:, None], 0.0)
-        tl.store(inverse + at, _as(_inverse(below, SIZE, PRECISION), inverse.dtype.element_ty))
+        scratch = (inverse + which * (SIZE * SIZE)).to(tl.pointer_type(tl.float32))
+        tl.store(inverse + at, _as(_inverse(below, scratch, SIZE, PRECISION), inverse.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=_CHANGING)
