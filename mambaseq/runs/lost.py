@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import lightning
 import torch.distributed as dist
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from mambaseq.errors import UserError
 from mambaseq.started import STARTED_BY, end_with
 from mambaseq.tasks.callbacks import RunCheckpoints
+
+T = TypeVar("T")
 
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 # the logger of what Lightning says before it kills the processes that are left of those that it started
@@ -57,6 +60,27 @@ def _message(text: str, kind: str, trainer: lightning.Trainer, folder: Path, sav
         f"{folder}: process {trainer.global_rank} of {trainer.world_size} stops, because another one {why} ({kind}: "
         f"{text}). {remedy} {step}; resume with: mambaseq fit --resume {folder}"
     )
+
+
+def from_first(value: T, folder: Path) -> T:
+    """In all processes that have trained together, what the first one calls this with: they wait until it does. It
+    writes what a run leaves behind, and may need longer. Alone, the value itself.
+
+    Raises ProcessLost when the first process ends before.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    shared = [value]
+    try:
+        dist.broadcast_object_list(shared, src=0)
+    except RuntimeError as error:
+        if not _is_about_others(error):
+            raise
+        raise ProcessLost(
+            f"{folder}: process {dist.get_rank()} of {dist.get_world_size()} stops, because the first one has ended "
+            "before its results were written. What it said itself says why."
+        ) from error
+    return shared[0]
 
 
 @contextlib.contextmanager

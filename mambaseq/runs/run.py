@@ -14,6 +14,7 @@ from mambaseq.errors import ConfigError, UserError, cut, cut_list, did_you_mean,
 from mambaseq.reporting.runs import RunFolder, default_folder
 from mambaseq.runs.evaluation import evaluate
 from mambaseq.runs.generation import Generated, generate_from, generate_to
+from mambaseq.runs.lost import from_first
 from mambaseq.runs.naming import whole_keys
 from mambaseq.runs.parsing import keys_of
 from mambaseq.runs.prediction import predict
@@ -88,7 +89,8 @@ class Run:
             raise ConfigError(f"split must be 'validation' or 'test', not {shown(split)}.")
         overrides = as_overrides(str(self.folder.require().config), settings, keys)
         command = "validate" if split == "validation" else "test"
-        return evaluate(self.folder, command, overrides, progress=progress, baselines=baselines, dtype=dtype)
+        found = evaluate(self.folder, command, overrides, progress=progress, baselines=baselines, dtype=dtype)
+        return from_first(found, self.path)
 
     def model(self, device: str | None = None, dtype: str | None = None) -> LoadedModel:
         """The exported model, its description and its tokenizer; kept until the run exports another one. dtype: of the
@@ -155,6 +157,8 @@ def fit(
     settings: over the configuration's, nested as in YAML or by whole keys: `{"data.length": 4096}`.
     keys: the same by the last word of a key, where it is the only one of that name: `max_steps=100`, `lr=1e-3`.
 
+    On several devices each process runs the script from its start, and goes on from here with the same results.
+
     Raises UserError for what the user has to mend, NotFinished when the run diverged, and KeyboardInterrupt when it was
     interrupted; `ms.load(out).resume()` then continues it.
     """
@@ -171,6 +175,7 @@ def _trained(
         raise NotFinished(outcome.message)
     if outcome.status == "interrupted":
         raise KeyboardInterrupt(outcome.message)
+    from_first(None, folder.path)
     return Run(folder.path)
 
 

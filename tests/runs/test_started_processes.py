@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import launching
 import pytest
 import torch
 
+import mambaseq as ms
+from mambaseq.atomic import json_text
 from mambaseq.errors import ConfigError
+from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs import processes
 from mambaseq.runs.processes import check_devices
 
 CONFIG = """
+metrics: [token_accuracy]
 data: {name: "tiny:TinyTokens", size: 32}
 model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 4, backend: reference}}
 loader: {batch_size: 2}
@@ -101,16 +108,39 @@ def speak_at_once() -> None:
     processes._FIRST_SPEAKS = 0.0
 
 
+def write_slowly() -> None:
+    """As to a disk that several machines share."""
+    write = RunFolder.update_results
+
+    def slow(self: RunFolder, *arguments: Any, **values: Any) -> None:
+        time.sleep(1.0)
+        write(self, *arguments, **values)
+
+    RunFolder.update_results = slow
+
+
+def script() -> None:
+    with allow_imports("tiny"):
+        run = ms.fit("c.yaml", out="run", progress=False)
+        first = dict(run.results)
+        found = run.evaluate("validation", progress=False)
+    rank = os.environ["RANK"]
+    Path(f"found{rank}.json").write_text(json_text([first, run.results, found]))
+
+
 def test_two_processes_of_torchrun_train_one_run_or_refuse_it_once(tmp_path: Path) -> None:
+    """A script has the same results in both, although the first one writes them."""
     (tmp_path / "c.yaml").write_text(CONFIG)
     run = tmp_path / "run"
     command = ["fit", "--allow-import", "tiny", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
-    before = {1: speak_at_once}
-    ranks = launching.start([*command, "--trainer.devices=1"], tmp_path, before=before)
+    ranks = launching.start([*command, "--trainer.devices=1"], tmp_path, before={1: speak_at_once})
     assert ranks.wait(60) == [2, 2]
     assert ranks.told(0).startswith("mambaseq fit: trainer.devices times trainer.num_nodes is 1 * 1 = 1, but torchrun")
     assert ranks.told(1) == ""
     assert not run.exists()
-    ranks = launching.start(command, tmp_path)
+    ranks = launching.start(script, tmp_path, before={0: write_slowly})
     assert ranks.wait(100) == [0, 0], ranks.told(0) + ranks.told(1)
-    assert RunFolder(run).read_results()["devices"] == 2
+    mine, others = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in (0, 1))
+    assert mine == others
+    assert mine[0]["devices"] == 2
+    assert "val/token_accuracy" in mine[0]
