@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,27 @@ def refuse_without_effect(folder: RunFolder, changed: dict[str, tuple[Any, Any]]
         )
 
 
+def other_steps(former: tuple[int, int, int], now: tuple[int, int, int]) -> str:
+    """A warning about steps that take other numbers of sequences than before, with what keeps them; "" for the same.
+
+    former, now: sequences in a batch of each process, processes (or groups of them that share sequences), and batches
+    that are accumulated for a step.
+    """
+    (batch, groups, accumulated), (before, after) = now, map(math.prod, (former, now))
+    if before == after:
+        return ""
+    ways = []
+    if before % (groups * accumulated) == 0:
+        ways.append(f"--loader.batch_size {before // (groups * accumulated)}")
+    if before % (groups * batch) == 0:  # in the memory that a batch takes
+        ways.append(f"--trainer.accumulate_grad_batches {before // (groups * batch)}")
+    keeps = f" {' or '.join(ways)} keeps it." if ways else ""
+    return (
+        f"warning: a step takes {after:,} sequences now, {before:,} before: {' * '.join(map(str, now))}, not "
+        f"{' * '.join(map(str, former))} (batch size, processes with sequences of their own, batches of a step).{keeps}"
+    )
+
+
 FIXED = {
     "finetune.init_from": "initial weights are loaded before the first step",
     "finetune.other_tokenizer": "initial weights are loaded before the first step",
@@ -151,10 +173,11 @@ def refuse_fixed(folder: RunFolder, changed: dict[str, tuple[Any, Any]]) -> None
 
 class Resumption(lightning.Callback):
     """Makes a resumed run use the given settings instead of those in the checkpoint: the optimizer's, and the place in
-    the data if the batch size or the number of processes changed.
+    the data if the batch size or the number of processes changed. Where by the latter a step is of another number of
+    sequences, it says so.
 
     go_on: called when training really begins, in the first process. same_data: the training data are those of the
-        checkpoint, so a place in them means the same.
+        checkpoint, so a place in them means the same. accumulated: batches of a step before.
     """
 
     def __init__(
@@ -165,9 +188,10 @@ class Resumption(lightning.Callback):
         go_on: Callable[[], None],
         *,
         same_data: bool,
+        accumulated: int = 1,
     ) -> None:
         self.folder, self.optimizer, self.checkpoints, self.go_on = folder, optimizer, checkpoints, go_on
-        self.same_data = same_data
+        self.same_data, self.accumulated = same_data, accumulated
         self._is_first = True
 
     def on_train_batch_start(
@@ -181,10 +205,16 @@ class Resumption(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         ours, module = checkpoint.get(KEY, {}), trainer.datamodule  # type: ignore[attr-defined]
-        if not (ours.get("batch_size") and self.same_data):
+        if not ours.get("batch_size"):
             return
-        former = ours["batch_size"] * ours["world_size"]
-        now = module.batch_size * (trainer.world_size // module.sharing)
+        groups = trainer.world_size // module.sharing
+        if groups != ours["world_size"] and trainer.is_global_zero:
+            before = ours["batch_size"], ours["world_size"], self.accumulated
+            if told := other_steps(before, (module.batch_size, groups, trainer.accumulate_grad_batches)):
+                say(self.folder, told)
+        if not self.same_data:
+            return
+        former, now = ours["batch_size"] * ours["world_size"], module.batch_size * groups
         if former == now:
             return
         size = getattr(module.data.train(), "__len__", lambda: 0)()

@@ -66,6 +66,8 @@ from mambaseq.tasks.record import KEY, DataRecord
 from mambaseq.tasks.task import Task
 from mambaseq.waiting import Phases
 
+_ACCUMULATED = "trainer.accumulate_grad_batches"
+
 
 def model_card(settings: RunConfig, data: SequenceData, spec: dict[str, Any]) -> ModelCard:
     """The description that is saved with the weights. spec: see `mambaseq.models.build_model`. Raises ConfigError for a
@@ -284,6 +286,7 @@ def _resumption(run: Training, settings: RunConfig, record: DataRecord, allow_ch
         run.checkpoints,
         lambda: _go_on(settings, run, record),
         same_data=former is None or former.same_training(record),
+        accumulated=changed.get(_ACCUMULATED, [settings.trainer.get("accumulate_grad_batches", 1)])[0],
     )
 
 

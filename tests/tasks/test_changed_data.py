@@ -198,6 +198,9 @@ def test_a_score_counts_for_any_number_of_processes(batch: int, told: str, tmp_p
     assert main(["fit", "--resume", str(out), "--trainer.max_steps=5", f"--loader.batch_size={batch}"]) == 0
     error = capsys.readouterr().err
     assert ("no longer counts" in error) == bool(told)
+    few = "warning: a step takes 2 sequences now, 4 before: 2 * 1 * 1, not 2 * 2 * 1 (batch size, "
+    assert error.count(few) == (batch == 2)
+    assert error.count("warning") == (batch == 2)
     assert told in error
 
 

@@ -24,7 +24,7 @@ from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs.naming import MODEL_PARTS
 from mambaseq.runs.parser import make_parser
-from mambaseq.runs.resuming import moved
+from mambaseq.runs.resuming import moved, other_steps
 from mambaseq.tasks.optimizer import OptimizerConfig, learning_rate_factor, make_optimizer, reapply
 
 CONFIG = """
@@ -213,6 +213,22 @@ def test_other_batches_leave_no_sequence_out_and_bring_none_twice(run: Path) -> 
 )
 def test_a_place_in_the_data(batches: int, size: int, former: int, now: int, expected: int) -> None:
     assert moved(batches, size, former, now) == expected
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "told"),
+    [
+        ((8, 2, 1), (8, 1, 1), "--loader.batch_size 16 or --trainer.accumulate_grad_batches 2 keeps it."),
+        ((8, 1, 4), (8, 4, 4), "--loader.batch_size 2 or --trainer.accumulate_grad_batches 1 keeps it."),
+        ((8, 1, 1), (8, 3, 1), "batches of a step)."),  # no whole number keeps it
+        ((8, 3, 1), (8, 2, 1), "batches of a step). --loader.batch_size 12 keeps it."),
+        ((8, 2, 1), (8, 1, 2), ""),
+    ],
+)
+def test_steps_of_other_sizes_are_told_with_what_keeps_them(former: tuple, now: tuple, told: str) -> None:
+    found = other_steps(former, now)
+    assert found.endswith(told)
+    assert bool(found) == bool(told)
 
 
 def test_saving_more_often_is_used(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
