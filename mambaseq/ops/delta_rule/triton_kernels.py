@@ -150,8 +150,10 @@ def _inverse(A, scratch, SIZE: tl.constexpr, PRECISION: tl.constexpr):
         row = tl.where(column == r, 1.0, 0.0)
         for j in tl.static_range(0, r):
             row -= tl.load(first + (r * _LEAST + j)) * rows[j]
-        tl.store(found + block * (_LEAST * _LEAST) + r * _LEAST + column, row)
         rows += (row,)
+    # behind all reads, none of which has to wait for a row then
+    for r in tl.static_range(0, _LEAST):
+        tl.store(found + block * (_LEAST * _LEAST) + r * _LEAST + column, rows[r])
     tl.debug_barrier()
     whole = tl.load(found + at, mask=own, other=0.0)
     for level in tl.static_range(0, LEVELS):
