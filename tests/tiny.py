@@ -69,6 +69,9 @@ class TinyRagged(TinyTokens):
         lengths = [self.shortest + number * 17 % span for number in range(self.size)]
         return [Items(0, self.size, length, 7, False)[number] for number, length in enumerate(lengths)]
 
+    def extremes(self) -> list[tuple[int, str]]:
+        return [(self.shortest, "row 1"), (self.length, "the validation set")]
+
 
 class TinyValues(TinyTokens):
     """Values to be regressed: first and last token and their sum, over the vocabulary."""

@@ -132,7 +132,8 @@ class Context:
         if length < self.size:
             raise ConfigError(
                 f"A sequence of {length} positions cannot be split over {self.size} ranks: each needs one at least. "
-                "Use fewer ranks, or longer sequences."
+                "Use fewer ranks (model.backbone.context_parallel), or longer sequences (data.length, where a dataset "
+                "has it)."
             )
         if chunk_length is not None:
             check_positive("The split", chunk_length=chunk_length)

@@ -58,7 +58,7 @@ from mambaseq.tasks.contexts import check_processes
 from mambaseq.tasks.finetuning import FinetuneConfig, Freezing
 from mambaseq.tasks.finite import Diverged, FiniteGuard
 from mambaseq.tasks.first_step import FirstStep
-from mambaseq.tasks.fitting import check_data
+from mambaseq.tasks.fitting import check_data, check_shares
 from mambaseq.tasks.logs import RunLog
 from mambaseq.tasks.lora import AdapterRecord, add_adapters
 from mambaseq.tasks.parts import StepParts
@@ -205,6 +205,9 @@ def _train(
     check_processes(shared, trainer.world_size)  # before others are started, each of which would say it, too
     if shared > 1:
         model.check_splits_time()
+        loader, warmup = settings.settings["loader"], settings.length_warmup()
+        in_a_row = loader["batch_size"] if loader["pack"] else 1
+        check_shares(shared, data, repr(settings.settings["data"]["name"]), in_a_row, warmup.start)
     if isinstance(trainer.profiler, StepParts):  # type: ignore[attr-defined]
         trainer.profiler.watch(task)  # type: ignore[attr-defined]
     with _undone_if_refused(folder, trainer) if begins and not resume else contextlib.nullcontext():

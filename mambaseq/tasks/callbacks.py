@@ -201,7 +201,7 @@ class RunCheckpoints(Checkpoint):
         of its last validation that is infinite it finds what the first process's clock has said."""
         self._validated_at, self._over = time.monotonic(), Agreement()
         if self._waits is not None:
-            trainer._last_val_time = math.inf
+            trainer._last_val_time = math.inf  # type: ignore[attr-defined]
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -234,7 +234,8 @@ class RunCheckpoints(Checkpoint):
             trainer.val_check_batch = 1 if validates else NEVER
         if self._waits is not None:
             over = trainer.is_global_zero and time.monotonic() - self._validated_at >= self._waits
-            trainer._last_val_time = -math.inf if self._over(trainer, over) else math.inf
+            said = self._over(trainer, over)
+            trainer._last_val_time = -math.inf if said else math.inf  # type: ignore[attr-defined]
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         validates = sum(trainer.num_val_batches) > 0 and loop._should_check_val_fx(fetcher)

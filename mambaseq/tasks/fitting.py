@@ -74,6 +74,29 @@ def _check_lengths(model: SequenceModel, lengths: list[tuple[int, str]], dataset
             )
 
 
+def check_shares(shared: int, data: SequenceData, dataset: str, in_a_row: int = 1, warmup: int = 0) -> None:
+    """Raise ConfigError for sequences of fewer positions than the `shared` processes that split each, where a dataset
+    (after `setup`) knows its shortest one. Nothing is known of a batch but that it may have that one alone.
+
+    in_a_row: how many sequences are packed into one that is split. warmup: the length that they begin with, 0 for
+        their own.
+    """
+    splits = f"model.backbone.context_parallel splits each sequence over {shared} processes, which need a position each"
+    if 0 < warmup < shared:
+        raise ConfigError(
+            f"{splits}, but length_warmup.start is {warmup}. Set it to at least {shared}, or context_parallel to at "
+            f"most {warmup}."
+        )
+    for length, where in data.extremes():
+        if (most := length * in_a_row) < shared:
+            place = f" ({where})" if where else ""
+            raise ConfigError(
+                f"{splits}, but the dataset {dataset} gives one of {length}{place}. Set context_parallel to at most "
+                f"{most}, give longer ones (data.length with data.pad, where a dataset has them), or leave out what "
+                "is shorter."
+            )
+
+
 def _example(data: SequenceData) -> Batch | None:
     """A batch of one, with a target if one of the first has any."""
     for dataset in itertools.chain([data.train()], named_sets(data.validation()).values()):

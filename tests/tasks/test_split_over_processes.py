@@ -20,6 +20,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from parallel.ranks import contexts, on_ranks
+from tiny import TinyRagged
 
 from mambaseq.batch import Batch
 from mambaseq.checkpoints.export import load_model
@@ -31,6 +32,7 @@ from mambaseq.models import causal_lm
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.tasks import task as task_module
 from mambaseq.tasks.contexts import make_context
+from mambaseq.tasks.fitting import check_shares
 from mambaseq.tasks.task import Task
 
 CONFIG = """
@@ -179,6 +181,27 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, monkeypatch: py
     assert "context_parallel" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy\. Set it to one of them"):
         make_context(1, SingleDeviceStrategy("cpu"))
+
+
+def test_sequences_shorter_than_their_processes_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The step that has no other may come late. Packed, such a sequence is not alone."""
+    fit = [*config(tmp_path), "--out", str(tmp_path / "run"), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    fit += ["--model.backbone.context_parallel=2", "--data.name=tiny:TinyRagged", "--data.shortest=1"]
+    monkeypatch.setattr("subprocess.Popen", None)  # before another process is started
+    assert main(fit) == 2
+    told = capsys.readouterr().err
+    assert "context_parallel splits each sequence over 2 processes" in told
+    assert "'tiny:TinyRagged' gives one of 1 (row 1). Set context_parallel to at most 1" in told
+    assert "data.length" in told
+    assert main([*fit, "--data.shortest=2", "--length_warmup.start=1"]) == 2
+    assert "length_warmup.start is 1. Set it to at least 2" in capsys.readouterr().err
+    assert not RunFolder(tmp_path / "run").config.exists()
+    check_shares(2, TinyRagged(shortest=2), "'x'", warmup=2)
+    check_shares(4, TinyRagged(shortest=1), "'x'", in_a_row=4)
+    with pytest.raises(ConfigError, match="gives one of 1"):
+        check_shares(4, TinyRagged(shortest=1), "'x'", in_a_row=3)
 
 
 @pytest.mark.parametrize(
