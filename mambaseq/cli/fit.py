@@ -16,6 +16,7 @@ from mambaseq.reporting.runs import RunFolder, default_folder, rank
 from mambaseq.resources import located, model_folder
 from mambaseq.runs.naming import check_files, resolve_config
 from mambaseq.runs.settings import read_settings
+from mambaseq.stopping import told_of_sigterm
 from mambaseq.waiting import Phases, process_began
 
 
@@ -27,6 +28,11 @@ def check_init_from(source: str) -> None:
 
 
 def run(argv: list[str], command: str) -> int:
+    with told_of_sigterm(lambda: "mambaseq fit: ended by SIGTERM before the run began." if rank() == 0 else ""):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     phases = Phases(process_began())
     parser = Arguments(
         prog="mambaseq fit",

@@ -103,7 +103,8 @@ def watch_processes(trainer: lightning.Trainer) -> Iterator[None]:
         return
 
     def told(record: logging.LogRecord) -> bool:
-        record.msg = f"{record.getMessage()}\n{trainer.default_root_dir}: process {trainer.global_rank} of "
+        bar = "\n" if trainer.progress_bar_callback is not None else ""  # whose line has not ended
+        record.msg = f"{bar}{record.getMessage()}\n{trainer.default_root_dir}: process {trainer.global_rank} of "
         record.msg += f"{trainer.world_size} stops, too."
         record.msg += f" Resume with: mambaseq fit --resume {trainer.default_root_dir}"
         record.args = ()

@@ -129,6 +129,12 @@ class Bar(TQDMProgressBar):
         with self._first_ends(self.test_progress_bar, self.test_description):
             super().on_test_batch_end(*arguments, **options)
 
+    def on_exception(self, *_: Any) -> None:
+        """What is said of it begins a line."""
+        for name in ("_val_progress_bar", "_train_progress_bar", "_test_progress_bar"):
+            if (bar := getattr(self, name, None)) is not None:
+                bar.close()
+
     def on_train_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
         bar = self.train_progress_bar
         bar.total = bar.n = trainer.fit_loop.epoch_loop.batch_progress.current.ready or bar.n

@@ -175,6 +175,7 @@ def test_a_first_process_says_how_the_run_goes_on_before_it_is_ended(caplog: pyt
     with lost.watch_processes(Mock(world_size=2, local_rank=0, global_rank=0, default_root_dir="runs/a")):
         observer.info("Child process with PID 7 terminated with code -9. 100%")
     assert "code -9. 100%\nruns/a: process 0 of 2 stops, too. Resume with: mambaseq fit --resume runs/a" in caplog.text
+    assert "\n\nChild process" in f"\n{caplog.messages[0]}"  # below the bar's line
     assert not observer.filters
 
 
