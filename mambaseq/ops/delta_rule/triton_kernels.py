@@ -150,7 +150,7 @@ def _inverse(A, scratch, SIZE: tl.constexpr, PRECISION: tl.constexpr):
         row = tl.where(column == r, 1.0, 0.0)
         for j in tl.static_range(0, r):
             row -= tl.load(first + (r * _LEAST + j)) * rows[j]
-        rows += (row,)
+        rows += (row,)  # type: ignore[assignment]  # of any length
     # behind all reads, none of which has to wait for a row then
     for r in tl.static_range(0, _LEAST):
         tl.store(found + block * (_LEAST * _LEAST) + r * _LEAST + column, rows[r])
