@@ -383,7 +383,8 @@ def gradients_of_channels(
             said += by_keys * right.to(tl.float32)
             of_k += by_keys * decay
         since += said * (2.0 * second - 1.0)
-    of_decay = _summed(later <= earlier, since, EXACT) + flow[None, :]
+    # of all digits: what lies behind a reset may be much larger than what is left before it
+    of_decay = _summed(later <= earlier, since, True) + flow[None, :]
     tl.store(dq + at, _as(of_q, dq.dtype.element_ty), mask=inside)
     tl.store(dk + at, _as(of_k, dk.dtype.element_ty), mask=inside)
     tl.store(dg + at, _as(of_decay, dg.dtype.element_ty), mask=inside)
