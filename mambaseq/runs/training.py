@@ -204,12 +204,15 @@ def _train(
         add_adapters(model, lora)
         callbacks.append(AdapterRecord(lora))
     finetune.check(model)
-    if finetune.freeze:
-        callbacks.append(Freezing(model, finetune))
+    freezing = [Freezing(model, finetune)] if finetune.freeze else []
     phases.end("model")
-    trainer = make_trainer(settings, folder, callbacks, loggers, progress)
+    trainer = make_trainer(settings, folder, [*callbacks, *freezing], loggers, progress)
+    # before other processes are started, each of which would say it, too
+    needing: list[Any] = [task, *average, *freezing]
+    for one in needing:
+        one.check_strategy(trainer)
     shared = getattr(model.backbone, "context_parallel", 1)
-    check_processes(shared, trainer.world_size)  # before others are started, each of which would say it, too
+    check_processes(shared, trainer.world_size)
     if shared > 1:
         model.check_splits_time()
         loader, warmup = settings.settings["loader"], settings.length_warmup()

@@ -50,12 +50,16 @@ class WeightAverage(lightning.Callback):
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.is_floating_point() or p.is_complex()}
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def check_strategy(self, trainer: lightning.Trainer) -> None:
+        """Raise ConfigError where no process has whole weights."""
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
                 "ema.decay averages whole weights, which every process has on one device and under trainer.strategy "
                 "ddp, but not under the one that is set. Set ema.decay to 0, or trainer.strategy to ddp."
             )
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self.check_strategy(trainer)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step

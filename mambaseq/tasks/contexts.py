@@ -41,12 +41,8 @@ def make_context(shared: int, strategy: Strategy) -> Context:
     return Context(mesh["context"], strategy._timeout)
 
 
-def gather_states(backbone: Any) -> None:
-    """Have the processes of a sharded model gather the states between their parts: if states were handed on, one would
-    wait for a state from another that waits for it to gather a layer's weights.
-
-    Raises ConfigError for a backbone or mixers that cannot.
-    """
+def check_gathers(backbone: Any) -> None:
+    """Raise ConfigError for a backbone or mixers that cannot gather states."""
     able = isinstance(backbone, ResidualStack) and backbone.chunk_length is None
     if (
         not able
@@ -58,4 +54,13 @@ def gather_states(backbone: Any) -> None:
             "backbone residual without chunk_length, of the mixers mamba, mamba2, gla and s4d. Set trainer.strategy to "
             "ddp, or context_parallel to 1."
         )
+
+
+def gather_states(backbone: Any) -> None:
+    """Have the processes of a sharded model gather the states between their parts: if states were handed on, one would
+    wait for a state from another that waits for it to gather a layer's weights.
+
+    Raises what `check_gathers` does.
+    """
+    check_gathers(backbone)
     backbone.context_states = "gathered"

@@ -48,8 +48,15 @@ class FinetuneConfig:
             raise ConfigError("finetune.unfreeze needs finetune.freeze, which is empty. Leave it out.")
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError for a pattern that matches nothing, and if nothing is left to train."""
+        """Raise ConfigError for a pattern that matches nothing, one that freezes adapters, and if nothing is left to
+        train."""
         names = [name for name, _ in model.named_parameters()]
+        for pattern in self.freeze if any(".lora_" in name for name in names) else ():
+            if met := [name for name in names if name.startswith("backbone.") and matches(name, pattern)]:
+                raise ConfigError(
+                    f"finetune.freeze: {shown(pattern)} names {cut_list(met, 3)}, but with lora.rank the backbone is "
+                    "frozen except for its adapters. Leave the pattern out."
+                )
         frozen = self.frozen(model, 0)
         for key, patterns, among in (
             ("freeze", self.freeze, names),
@@ -91,19 +98,18 @@ class Freezing(lightning.Callback):
         self.model, self.config = model, config
         self._kept: list[nn.Parameter] = []
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
-        for pattern in self.config.freeze if any(".lora_" in name for name in names) else ():
-            if met := [name for name in names if name.startswith("backbone.") and matches(name, pattern)]:
-                raise ConfigError(
-                    f"finetune.freeze: {shown(pattern)} names {cut_list(met, 3)}, but with lora.rank the backbone is "
-                    "frozen except for its adapters. Leave the pattern out."
-                )
+    def check_strategy(self, trainer: lightning.Trainer) -> None:
+        """Raise ConfigError for parameters that are to be trained later where a strategy shards those trained at the
+        start."""
         if self.config.unfreeze and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigError(
-                f"finetune.unfreeze works on one device and under ddp, not under {type(trainer.strategy).__name__}, "
-                f"which shards what is trained at the start. Leave it out, or set trainer.strategy."
+                "finetune.unfreeze works on one device and under trainer.strategy ddp, but not under the one that is "
+                "set, which shards what is trained at the start. Leave finetune.unfreeze out, or set trainer.strategy "
+                "to ddp."
             )
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self.check_strategy(trainer)
         self._freeze(math.inf if isinstance(trainer.strategy, DDPStrategy) else trainer.global_step)
 
     def on_train_batch_start(

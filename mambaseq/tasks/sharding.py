@@ -231,6 +231,20 @@ def _like(parameter: Any, kind: Any) -> torch.Tensor:
     )
 
 
+def check_shardable(model: SequenceModel, optimizer: str) -> None:
+    """Raise ConfigError for a model, or an optimizer by its name, that needs whole weights."""
+    if optimizer == "muon":
+        raise ConfigError(
+            "optimizer.name is 'muon', which needs whole matrices, but the strategy (fsdp2) gives every process a "
+            "part of each. Set optimizer.name to adamw, or trainer.strategy to ddp."
+        )
+    if getattr(model.backbone, "chunk_length", None) is not None:
+        raise ConfigError(
+            "model.backbone.chunk_length needs whole weights, but the strategy (fsdp2) gives every process a part of "
+            "each. Set chunk_length to null, or trainer.strategy to ddp."
+        )
+
+
 def shard(model: SequenceModel, strategy: ModelParallelStrategy) -> None:
     """Shard a model over the processes of a strategy, once.
 

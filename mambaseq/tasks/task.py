@@ -21,11 +21,11 @@ from mambaseq.metrics.base import Metric
 from mambaseq.metrics.likelihood import MeanLoss
 from mambaseq.models import ModelOutput, SequenceModel
 from mambaseq.parallel import Context
-from mambaseq.tasks.contexts import gather_states, make_context
+from mambaseq.tasks.contexts import check_gathers, gather_states, make_context
 from mambaseq.tasks.finetuning import FinetuneConfig
 from mambaseq.tasks.fitting import check_kinds, check_masked, check_next_token, probe_future, probe_neighbours, rehearse
 from mambaseq.tasks.optimizer import OptimizerConfig, make_optimizer
-from mambaseq.tasks.sharding import shard
+from mambaseq.tasks.sharding import check_shardable, shard
 
 
 @dataclasses.dataclass
@@ -167,10 +167,19 @@ class Task(lightning.LightningModule):
         adds = bool(self.model.head.per_token) and all(metric.splits_time for metric in self._metrics("val").values())
         return shared, shared if adds else 1
 
+    def check_strategy(self, trainer: lightning.Trainer) -> None:
+        """Raise ConfigError for what cannot be trained where each process has a part of every weight (fsdp2)."""
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            if self.shares()[0] > 1:
+                check_gathers(self.model.backbone)
+            check_shardable(self.model, self.optimizer_config.name)
+
     def setup(self, stage: str) -> None:
-        """Raise ConfigError for sequences that are to be shared by processes (`context_parallel`) in another way than
-        can be. Those of training are, and those that are validated meanwhile or at its end, as `shares` says; any other
-        evaluation is of whole ones, by one process each."""
+        """Raise what `check_strategy` does, of training, and ConfigError for sequences that are to be shared by
+        processes (`context_parallel`) in another way than can be. Those of training are, and those that are validated
+        meanwhile or at its end, as `shares` says; any other evaluation is of whole ones, by one process each."""
+        if stage == "fit":
+            self.check_strategy(self.trainer)
         shared, validating = self.shares() if stage == "fit" or self.ends_training else (1, 1)
         self._context = None
         if shared > 1:
@@ -413,11 +422,6 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
-        if self.optimizer_config.name == "muon" and self._is_sharded:
-            raise ConfigError(
-                "optimizer.name is 'muon', which needs whole matrices, but the strategy (fsdp2) gives every process a "
-                "part of each. Set optimizer.name to adamw, or trainer.strategy to ddp."
-            )
         frozen = self.finetune.frozen(self.model, -1)
         fused = self.device.type == "cuda"
         optimizer, schedule = make_optimizer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tasks.test_resume import CONFIG, fit, weights
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError
-from mambaseq.tasks.finetuning import FinetuneConfig, Freezing
+from mambaseq.tasks.finetuning import FinetuneConfig
 
 
 @pytest.fixture
@@ -73,6 +72,5 @@ def test_adapters_are_not_frozen_with_the_backbone() -> None:
             super().__init__()
             self.backbone = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "base": torch.nn.Linear(2, 2)})
 
-    trainer = SimpleNamespace(strategy=SimpleNamespace(), global_step=0)
     with pytest.raises(ConfigError, match=r"finetune\.freeze: 'backbone' names .*with lora\.rank"):
-        Freezing(Adapted(), FinetuneConfig(freeze=["backbone"])).setup(trainer, Adapted(), "fit")  # type: ignore[arg-type]
+        FinetuneConfig(freeze=["backbone"]).check(Adapted())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import launching
+import lightning
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,15 +24,21 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mambaseq.batch import Batch
 from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
+from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
 from mambaseq.models import causal_lm
 from mambaseq.runs.trainer_classes import make_classes
 from mambaseq.tasks import sharding
-from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.callbacks import StoppedAtOnce, abandons_saving
 from mambaseq.tasks.contexts import gather_states
 from mambaseq.tasks.sharding import FullySharded
 from mambaseq.tasks.task import Task
+
+CONFIG = """
+data: {name: "tiny:TinyTokens"}
+model: {d_model: 8, backbone: {name: residual, n_layers: 1}, mixer: {name: mamba, d_state: 2, backend: reference}}
+trainer: {max_steps: 2, accelerator: cpu, devices: 2, strategy: fsdp2, enable_progress_bar: false}
+"""
 
 
 def task_of(own: int, others: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Task, list[Any]]:
@@ -108,15 +116,41 @@ def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -
         task._compare_counts("val")
 
 
-def test_weights_that_no_process_has_whole_are_not_averaged() -> None:
-    """And the page on several devices says so."""
-    trainer: Any = SimpleNamespace(strategy=make_classes("strategy", "fsdp2"))
-    task = Task(causal_lm(7, 8, 1))
-    with pytest.raises(ConfigError, match=r"trainer\.strategy ddp, but not .* Set ema\.decay to 0"):
-        WeightAverage(task.model, 0.5).setup(trainer, task, "fit")
+@pytest.mark.parametrize(
+    ("needing", "told", "written"),
+    [
+        ("--ema.decay=0.5", r"trainer\.strategy ddp, but not .* Set ema\.decay to 0", "`ema.decay`"),
+        (
+            "--finetune.freeze=[encoder] --finetune.unfreeze={'encoder':2}",
+            r"Leave finetune\.unfreeze out, or set trainer\.strategy to ddp\.",
+            "`finetune.unfreeze`",
+        ),
+        ("--optimizer.name=muon", r"Set optimizer\.name to adamw, or trainer\.strategy to ddp\.", "muon"),
+        (
+            "--model.backbone.chunk_length=4",
+            r"Set chunk_length to null, or trainer\.strategy to ddp\.",
+            "`chunk_length`",
+        ),
+        (
+            "--model.backbone.context_parallel=2 --model.backbone.context_states=relayed",
+            r"where processes gather states.* Set trainer\.strategy to ddp, or context_parallel to 1\.",
+            "relayed",
+        ),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_before_others_are_started(
+    needing: str, told: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Each of which would say it once more. The page on several devices has it."""
+    monkeypatch.setattr(lightning.Trainer, "fit", None)  # which starts them
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    fit = ["fit", "--allow-import=tiny", f"--config={tmp_path / 'c.yaml'}", f"--out={tmp_path / 'run'}"]
+    assert main([*fit, *needing.split()]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
     page = (Path(__file__).parents[2] / "docs" / "several_devices.md").read_text(encoding="utf-8")
     (refused,) = (item for item in page.partition("## What is refused")[2].split("\n- ") if "`fsdp2` with" in item)
-    assert "`ema.decay`" in refused
+    assert written in refused.replace("\n ", "").partition("`fsdp2` with")[2]
 
 
 @pytest.mark.parametrize("waits", [False, True])
