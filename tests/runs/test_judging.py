@@ -210,7 +210,9 @@ class Held(Metric):
         self.mean.reset()
 
     def update(self, output: ModelOutput, batch: Batch) -> None:
-        self.mean.update((output.logits.argmax(-1) == batch.targets).float())
+        assert output.logits is not None
+        assert batch.targets is not None
+        self.mean.update(output.logits.argmax(-1).eq(batch.targets).float())
 
     def compute(self) -> torch.Tensor:
         return self.mean.compute()

@@ -139,7 +139,7 @@ def test_a_process_without_a_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_needs_whole_weights_is_refused_before_others_are_started(
-    needing: str, told: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    needing: str, told: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Each of which would say it once more. The page on several devices has it."""
     monkeypatch.setattr(lightning.Trainer, "fit", None)  # which starts them
