@@ -144,8 +144,8 @@ def fit(
             outcome = _train(settings, folder, resume, progress, allow_changed_data, phases)
     if rank() != 0 or outcome.facts is None:
         return outcome
-    told = write_report(folder, settings, outcome)  # the lock is free: a report may evaluate the run
-    return outcome._replace(message=f"{outcome.message}\n{told}") if told else outcome
+    report = write_report(folder, settings, outcome)  # the lock is free: a report may evaluate the run
+    return outcome._replace(message=f"{outcome.message}\n{report}") if report else outcome
 
 
 def _train(
