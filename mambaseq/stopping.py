@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,13 @@ class _Ends:
     def __init__(self, told: Callable[[], str]) -> None:
         self._told, self._process = told, os.getpid()
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def say(self) -> None:
         if os.getpid() == self._process and (told := self._told()):  # not what it has forked
             with contextlib.suppress(OSError):  # print is not safe here: the signal may have interrupted one
                 os.write(2, f"\n{told}\n".encode())
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.say()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -40,13 +44,37 @@ def told_of_sigterm(told: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def lend_to_lightning(trainer: Any) -> None:
-    """To be called before a trainer fits. Lightning sets a handler once processes have met, which only takes note of
-    SIGTERM, and asks the other processes, who do not listen before the first step: it sets this one instead. While
-    several meet, they wait within calls that no handler interrupts, so until then they have none."""
+@contextlib.contextmanager
+def lent_to_lightning(trainer: Any) -> Iterator[None]:
+    """Around a trainer's fit, within `told_of_sigterm`. Lightning sets a handler once processes have met, which only
+    takes note of SIGTERM, and asks the other processes, who do not listen before the first step: it sets that one
+    instead. While several meet they wait within calls that no handler interrupts, so a thread does what it would."""
     ends = signal.getsignal(signal.SIGTERM)
     if not isinstance(ends, _Ends) or threading.current_thread() is not threading.main_thread():
+        yield
         return
     trainer._signal_connector._sigterm_notifier_fn = ends
-    if trainer.world_size > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if trainer.world_size == 1:
+        yield
+        return
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    threading.Thread(target=_listen, args=(reads, ends), daemon=True, name="sigterm").start()
+    before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writes)  # by which the thread ends
+
+
+def _listen(reads: int, ends: _Ends) -> None:
+    """End the process after SIGTERM, unless there is another handler, or this one does within a second."""
+    while numbers := os.read(reads, 64):
+        if signal.SIGTERM not in numbers or signal.getsignal(signal.SIGTERM) is not ends:
+            continue
+        time.sleep(1.0)
+        if signal.getsignal(signal.SIGTERM) is ends:
+            ends.say()
+            os._exit(128 + signal.SIGTERM)
+    os.close(reads)

@@ -44,7 +44,7 @@ from mambaseq.runs.resuming import (
 )
 from mambaseq.runs.trainer import explained, make_trainer, quiet
 from mambaseq.specs import NOT_IN_WEIGHTS
-from mambaseq.stopping import lend_to_lightning, told_of_sigterm
+from mambaseq.stopping import lent_to_lightning, told_of_sigterm
 from mambaseq.tasks.averaging import WeightAverage
 from mambaseq.tasks.callbacks import (
     Interrupted,
@@ -125,12 +125,12 @@ def fit(
     settings.check_model()
     check_devices(settings.trainer)
 
-    def told() -> str:
+    def ended() -> str:
         if folder.last.is_file() or resume:
             return f"{folder.path}: ended by SIGTERM. Resume with: mambaseq fit --resume {folder.path}"
         return f"{folder.path}: ended by SIGTERM. There is no checkpoint yet; the same command begins again."
 
-    with folder.locked(), told_of_sigterm(told if rank() == 0 else str):
+    with folder.locked(), told_of_sigterm(ended if rank() == 0 else str):
         if not resume:
             folder.check_new()
         changed = changed_model_settings(config, settings.settings) if resume and overrides else []
@@ -332,8 +332,8 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
     folder, checkpoints = run.folder, run.checkpoints
     try:
         with told_if_lost(trainer, folder.path, checkpoints), abandons_saving(trainer):
-            lend_to_lightning(trainer)
-            trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
+            with lent_to_lightning(trainer):
+                trainer.fit(run.task, datamodule=run.datamodule, ckpt_path=None if begins else str(folder.last))
             checkpoints.ended = True
             checkpoints.guard.check(trainer, run.task)  # in all processes alike, before some wait for the others
             trainer.save_checkpoint(folder.last)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import launching
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from mambaseq import stopping
 from mambaseq.cli.main import main
@@ -69,6 +72,31 @@ def test_a_handler_that_somebody_has_set_stays() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def never_comes() -> None:
+    time.sleep(60)
+
+
+def ends_while_it_waits() -> None:
+    setup = DDPStrategy.setup_environment
+
+    def ended(self: DDPStrategy) -> None:
+        threading.Timer(0.5, end).start()
+        setup(self)
+
+    DDPStrategy.setup_environment = ended
+
+
+def test_a_process_that_waits_for_another_one_is_ended_as_well(tmp_path: Path) -> None:
+    """It waits in PyTorch, where no handler is run."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    command = ["fit", "--allow-import", "tiny", "--config", "c.yaml", "--out", "run"]
+    ranks = launching.start(command, tmp_path, before={0: ends_while_it_waits, 1: never_comes})
+    ranks.processes[0].join(40)
+    ranks.kill(1)
+    assert ranks.wait(1)[0] == 128 + signal.SIGTERM, ranks.told(0)
+    assert "\nrun: ended by SIGTERM. There is no checkpoint yet" in ranks.told(0)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
