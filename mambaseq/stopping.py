@@ -22,6 +22,9 @@ class _Ends:
             with contextlib.suppress(OSError):  # print is not safe here: the signal may have interrupted one
                 os.write(2, f"\n{told}\n".encode())
 
+    def is_set(self) -> bool:
+        return signal.getsignal(signal.SIGTERM) is self
+
     def __call__(self, number: int, frame: Any) -> None:
         self.say()
         signal.signal(number, signal.SIG_DFL)
@@ -71,10 +74,10 @@ def lent_to_lightning(trainer: Any) -> Iterator[None]:
 def _listen(reads: int, ends: _Ends) -> None:
     """End the process after SIGTERM, unless there is another handler, or this one does within a second."""
     while numbers := os.read(reads, 64):
-        if signal.SIGTERM not in numbers or signal.getsignal(signal.SIGTERM) is not ends:
+        if signal.SIGTERM not in numbers or not ends.is_set():
             continue
         time.sleep(1.0)
-        if signal.getsignal(signal.SIGTERM) is ends:
+        if ends.is_set():
             ends.say()
             os._exit(128 + signal.SIGTERM)
     os.close(reads)
