@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from mambaseq.errors import shown
+
 
 @contextlib.contextmanager
 def uncollected(for_good: bool = False) -> Iterator[None]:
@@ -89,7 +91,7 @@ class _InPart(importlib.abc.Loader):
                 self._import_whole(module)
             if name in module.__dict__:
                 return module.__dict__[name]
-            raise AttributeError(f"module 'torchmetrics' has no attribute {name!r}")
+            raise AttributeError(f"module 'torchmetrics' has no attribute {shown(name)}")
 
         module.__getattr__ = others  # type: ignore[method-assign]
 

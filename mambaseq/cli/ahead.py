@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mambaseq.atomic import json_text
 from mambaseq.importing import uncollected
 from mambaseq.limits import DEVICES
 
@@ -49,8 +51,18 @@ def count_others(raw: Mapping[str, Any], overrides: Sequence[str]) -> int:
         if key.startswith("--trainer"):
             given[key.removeprefix("--trainer.")] = text if equals else "".join(overrides[index + 1 : index + 2])
     count = str(given.get("devices", ""))
+    most = _most(str(given.get("accelerator", "auto")))
     alone = any(name in os.environ for name in _ELSEWHERE) or str(given.get("num_nodes", 1)) != "1"
-    return int(count) - 1 if not alone and count.isdecimal() and 1 < int(count) <= DEVICES.value else 0
+    if alone or not count.isdecimal() or not 1 < int(count) <= DEVICES.value:
+        return 0
+    return min(int(count), most) - 1
+
+
+def _most(accelerator: str) -> int:
+    """Processes that may import at once: more than there are GPUs, or processors, are a mistake to be refused, or are
+    started by Lightning."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) if accelerator != "cpu" else 0
+    return max(1, gpus or (1 if accelerator in ("gpu", "cuda") else os.cpu_count() or 1))
 
 
 @contextlib.contextmanager
@@ -59,12 +71,16 @@ def started(count: int, imports: str = "mambaseq.runs.training") -> Iterator[Pro
     needed."""
     processes: Processes = {}
     try:
+        # until a process can leave Ctrl-C to the first one it is held back, and would else be a traceback
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if count else set()
         for number in range(1, count + 1):
             processes[number] = subprocess.Popen(
                 [sys.executable, "-c", _SCRIPT, os.pathsep.join(sys.path), imports],
                 stdin=subprocess.PIPE,
                 env=os.environ | {"LOCAL_RANK": str(number)},  # Lightning reads it when it is imported
             )
+        if count:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield processes
     finally:
         for process in processes.values():
@@ -80,7 +96,7 @@ def taken_by_lightning(processes: Processes) -> Iterator[None]:
     def popen(command: Sequence[str], env: Mapping[str, str], cwd: str | None = None) -> subprocess.Popen[bytes]:
         process = processes.pop(int(env.get("LOCAL_RANK", 0)), None)
         if process is not None:
-            order = json.dumps({"environment": dict(env), "argv": sys.argv})
+            order = json_text({"environment": dict(env), "argv": sys.argv})
             with contextlib.suppress(OSError):  # it has ended
                 assert process.stdin is not None
                 process.stdin.write(order.encode() + b"\n")
@@ -97,13 +113,14 @@ def taken_by_lightning(processes: Processes) -> Iterator[None]:
 
 def wait() -> None:
     """What such a process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with uncollected(for_good=True):
         importlib.import_module(sys.argv[2])
     order = sys.stdin.buffer.readline()
     if not order:
         os._exit(0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, handler)
     given = json.loads(order)
     os.environ.clear()
     os.environ.update(given["environment"])

@@ -35,8 +35,24 @@ OTHERWISE = [sys.executable, "-c", "import os; print('anew', os.environ['LOCAL_R
         ({"trainer": {"devices": 2, "num_nodes": 2}}, [], 0),
     ],
 )
-def test_settings_tell_how_many_there_will_be(raw: dict[str, Any], overrides: list[str], count: int) -> None:
+def test_settings_tell_how_many_there_will_be(
+    raw: dict[str, Any], overrides: list[str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert ahead.count_others(raw, overrides) == count
+
+
+def test_no_more_import_at_once_than_there_are_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A number by mistake is refused, or is Lightning's to start."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(ahead, "Path", lambda _: tmp_path)
+    many = {"devices": 200}
+    assert ahead.count_others({"trainer": many}, []) == 2
+    assert ahead.count_others({"trainer": many | {"accelerator": "gpu"}}, []) == 0
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    assert ahead.count_others({"trainer": many}, []) == 1
+    assert ahead.count_others({"trainer": many | {"accelerator": "cpu"}}, []) == 2
 
 
 def test_processes_that_something_else_starts_start_none(monkeypatch: pytest.MonkeyPatch) -> None:

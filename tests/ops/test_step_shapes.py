@@ -42,6 +42,28 @@ def test_other_rows_than_the_states_are_refused(step: str) -> None:
             STEPS[step](n)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda: causal_conv_update_(R(1, 3, 2), R(1, 3), R(3, 3), R(1)),
+        lambda: delta_rule_update_(R(1, 4, 3, 4), R(1, 3, 4), R(1, 3, 4), R(1, 4, 3)),
+        lambda: delta_rule_update_(R(1, 4, 3, 4), R(1, 8, 4), R(1, 8, 4), R(1, 4, 3)),
+        lambda: selective_state_update_(R(1, 3, 2), R(1, 3), R(1, 3), -R(3, 2), R(1, 2), R(1, 2), D=R(1)),
+        lambda: selective_state_update_(R(1, 3, 2), R(1, 3), R(1, 3), -R(3, 2), R(1, 2), R(1, 2), dt_bias=R(1)),
+        lambda: selective_state_update_(R(1, 3, 2), R(1, 3), R(1, 3), -R(3, 2), R(1, 2, 2), R(1, 2, 2)),
+        lambda: selective_state_update_(R(1, 4, 2), R(1, 4), R(1, 4), -R(4, 2), R(1, 2, 2), R(1, 3, 2)),
+        lambda: lti_update_(R(1, 3, 2), R(1, 3), R(1), -R(3, 2), R(3, 2), R(3, 2)),
+        lambda: lti_update_(R(1, 3, 2), R(1, 3), R(3), -R(3, 2), R(3, 2), R(3, 2), D=R(1)),
+        lambda: ssd_update_(R(1, 2, 3, 4), R(1, 2, 3), R(1, 2), -R(1), R(1, 1, 4), R(1, 1, 4)),
+        lambda: ssd_update_(R(1, 2, 3, 4), R(1, 2, 3), R(1, 2), -R(2), R(1, 3, 4), R(1, 3, 4)),
+        lambda: wkv_update_(R(1, 3, 3), R(1, 3), R(1, 3), R(1), R(3)),
+    ],
+)
+def test_what_does_not_fit_a_states_channels_is_refused(step: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="as the state calls for"):
+        step()
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "gated_delta", "kda", "gla", "mamba2", "mamba3"])
 def test_a_decoder_takes_one_token_a_sequence(mixer: str) -> None:
     model = causal_lm(vocab_size=5, d_model=8, n_layers=1, mixer=mixer).eval()

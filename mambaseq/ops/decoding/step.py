@@ -21,9 +21,9 @@ from mambaseq.errors import shown
 from mambaseq.ops.causal_conv import Activation
 from mambaseq.ops.cpu.flat import flat, rows_of, scratch
 from mambaseq.ops.decoding import gpu as step_gpu
-from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.lti import Discretization, discretize
+from mambaseq.ops.shapes import check_divide, check_step
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read; they compute in float32
 
@@ -62,6 +62,9 @@ def selective_state_update_(
     one, of_groups = state.shape[:2], (state.shape[0], B.shape[1], state.shape[2])
     check_step("selective_state_update_", ("x", x, one), ("dt", dt, one), ("z", z, one), ("A", A, state.shape[1:]))
     check_step("selective_state_update_", ("B", B, of_groups), ("C", C, (*of_groups[:1], C.shape[1], of_groups[2])))
+    check_step("selective_state_update_", ("D", D, one[1:]), ("dt_bias", dt_bias, one[1:]))
+    for name, matrix in (("B", B), ("C", C)):
+        check_divide("selective_state_update_", name, matrix.shape[1], one[1])
     if step_gpu.can_run(state, x, dt, A, B, C, D, z, dt_bias) and step_gpu.can_update(state):
         return step_gpu.selective_state_update_(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log)
     if state.dtype == torch.bfloat16:
@@ -133,6 +136,7 @@ def lti_update_(
     """
     one, system = state.shape[:2], state.shape[1:]
     check_step("lti_update_", ("x", x, one), ("z", z, one), ("A", A, system), ("B", B, system), ("C", C, system))
+    check_step("lti_update_", ("dt", dt, one[1:]), ("D", D, one[1:]))
     if step_gpu.can_run(state, x, dt, A, B, C, D, z) and step_gpu.can_update(state):
         return step_gpu.lti_update_(state, x, dt, A, B, C, D, z, discretization)
     if state.dtype == torch.bfloat16:
@@ -175,6 +179,8 @@ def ssd_update_(
     of_groups = (state.shape[0], B.shape[1], state.shape[3])
     check_step("ssd_update_", ("x", x, state.shape[:3]), ("dt", dt, state.shape[:2]))
     check_step("ssd_update_", ("B", B, of_groups), ("C", C, of_groups))
+    check_step("ssd_update_", *((name, v, state.shape[1:2]) for name, v in (("A", A), ("D", D), ("dt_bias", dt_bias))))
+    check_divide("ssd_update_", "B", B.shape[1], state.shape[1])
     if (
         state.dtype in (torch.float32, torch.bfloat16)
         and step_gpu.can_run(state, x, dt, A, B, C, D, dt_bias)
@@ -222,7 +228,9 @@ def causal_conv_update_(
         ValueError: another activation, or shapes do not fit.
     """
     filters = (state.shape[1], state.shape[2] + 1)
-    check_step("causal_conv_update_", ("x", x, state.shape[:2]), ("weight", weight, filters))
+    check_step(
+        "causal_conv_update_", ("x", x, state.shape[:2]), ("weight", weight, filters), ("bias", bias, filters[:1])
+    )
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be None or 'silu', not {shown(activation)}")
     if step_gpu.can_run(state, x, weight, bias):

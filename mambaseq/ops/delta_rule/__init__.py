@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops import dispatch
-from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.delta_rule import arguments as _arguments
 from mambaseq.ops.delta_rule import chunked, fla, gpu, reference, step
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
+from mambaseq.ops.shapes import check_divide, check_step
 
 __all__ = ["OP", "DeltaArguments", "delta_rule", "delta_rule_update_"]
 
@@ -97,6 +97,7 @@ def delta_rule_update_(
     check_step("delta_rule_update_", ("v", v, (batch, heads, d_value)), ("k", k, of_key), ("q", q, of_key))
     of_g = of_step if g is None or g.ndim == 2 else (*of_step, d_key)
     check_step("delta_rule_update_", ("g", g, of_g), ("beta", beta, of_step))
+    check_divide("delta_rule_update_", "k", k.shape[1], heads)
     if step.can_run_on_cpu(state, q, k, v, g, beta):
         return step.update_on_cpu_(state, q, k, v, g, beta)
     if step.can_run_on_gpu(state, q, k, v, g, beta):

@@ -11,9 +11,9 @@ from torch import Tensor
 from mambaseq.ops.cpu.flat import flat
 from mambaseq.ops.cpu.threads import share
 from mambaseq.ops.decoding import gpu as step_gpu
-from mambaseq.ops.decoding.shapes import check_step
 from mambaseq.ops.eager import has_kernels
 from mambaseq.ops.gpu import portable
+from mambaseq.ops.shapes import check_step
 
 # numbers of the state that a program holds, and warps that hold them, of one input a head and of several
 _ONE, _SEVERAL = (2048, 4), (8192, 4)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.ops import dispatch
-from mambaseq.ops.decoding.shapes import check_step
+from mambaseq.ops.shapes import check_step
 from mambaseq.ops.wkv import arguments as _arguments
 from mambaseq.ops.wkv import reference, scan
 from mambaseq.ops.wkv.arguments import WkvArguments, empty_state
@@ -74,7 +74,7 @@ def wkv_update_(state: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Te
     where shapes do not fit.
     """
     one = (state.shape[0], state.shape[2])
-    check_step("wkv_update_", ("k", k, one), ("v", v, one))
+    check_step("wkv_update_", ("k", k, one), ("v", v, one), ("w", w, one[1:]), ("u", u, one[1:]))
     dtype, (num, den, m) = k.dtype, state.unbind(1)
     k, v, w, u = (value.to(state.dtype) for value in (k, v, w, u))
     top = torch.maximum(m, u + k)

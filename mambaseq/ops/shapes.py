@@ -1,4 +1,4 @@
-"""The shapes of one step: kernels that are given rows of other sizes than the state's would write beyond it."""
+"""The shapes of one step: kernels that are given other sizes than the state's would read and write beyond them."""
 
 from __future__ import annotations
 
@@ -10,3 +10,9 @@ def check_step(op: str, *given: tuple[str, Tensor | None, tuple[int, ...]]) -> N
     for name, value, shape in given:
         if value is not None and value.shape != shape:
             raise ValueError(f"{op}: {name} must be {tuple(shape)}, as the state calls for, not {tuple(value.shape)}")
+
+
+def check_divide(op: str, name: str, groups: int, of: int) -> None:
+    """Raises ValueError unless `of` heads or channels are shared by so many groups."""
+    if groups < 1 or of % groups:
+        raise ValueError(f"{op}: {name} has {groups} groups, which must divide {of}, as the state calls for")
