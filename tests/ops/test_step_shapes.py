@@ -27,8 +27,8 @@ STEPS: dict[str, Callable[[int], object]] = {
         R(1, 2, 3, 4), R(n, 2, 4), R(n, 2, 4), R(n, 2, 3), -R(n, 2), R(n, 2)
     ),
     "trapezoid": lambda n: trapezoidal_update_(
-        R(1, 2, 3, 4), R(n, 2, 1, 3), *(R(n, 2) for _ in range(3)), *(R(n, 2, 1, 4) for _ in range(2)),
-        R(n, 2, 1, 3), R(n, 2, 1, 4),
+        R(1, 2, 3, 4), R(n, 2, 1, 3), R(n, 2), R(n, 2), R(n, 2), R(n, 2, 1, 4), R(n, 2, 1, 4), R(n, 2, 1, 3),
+        R(n, 2, 1, 4),
     ),
     "wkv": lambda n: wkv_update_(R(1, 3, 3), R(n, 3), R(n, 3), R(3), R(3)),
 }  # fmt: skip
