@@ -17,6 +17,7 @@ from mambaseq.reporting.runs import RunFolder, RunInUse, rank
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, plain_interrupts
 from mambaseq.runs.judging import Judge, groups_of, keeps_answers
+from mambaseq.runs.lost import by_first_alone
 from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.processes import check_devices
 from mambaseq.runs.report import has_section, write_report
@@ -115,44 +116,47 @@ def _evaluate(
     results: dict[str, Any] = {**task.results, **task.tables}
     if not trainer.is_global_zero:
         return results
-    counts = trainer.num_test_batches if command == "test" else trainer.num_val_batches
-    if not sum(counts):
-        limit = f"trainer.limit_{_STAGES[command]}_batches"
-        raise ConfigError(f"Nothing was evaluated: {limit} is 0. Give more, such as --{limit}=1.0 for all of the set.")
-    pictures: dict[str, Any] = {}
-    for name, items in sets.items():
-        place = f"{_STAGES[command]}/{name}".rstrip("/")
-        answers = task.answers.get(name)
-        found: dict[str, Any] = {}
-        if answers is not None:
-            figures = {label: results[f"{place}/{label}"] for label in metrics if f"{place}/{label}" in results}
-            judge = Judge(metrics, figures, main, answers, groups_of(items))
-            found |= {"intervals": judge.intervals(), "one_answer": judge.one_answer(data.class_names)}
-            if baselines:
-                found["baselines"] = judge.beside(data, items, progress)
-            pictures[place] = judge.pictures(data.class_names)
-        else:
-            pictures[place] = None
-        notes |= {f"{place}/{name}": found.get(name) or {} for name in _JUDGED}
-    results |= {key: value for key, value in notes.items() if value and key.rpartition("/")[2] in _JUDGED}
-    try:
-        with folder.locked():
-            if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):
-                say(folder, "its weights changed during the evaluation; these results are not saved")
-                return results
-            folder.update_results(remove=[key for key, value in notes.items() if not value], **results | notes)
-            folder.update_evaluation(pictures)
-    except RunInUse:
-        say(folder, "it is being trained; these results are not saved")
+    with by_first_alone():
+        counts = trainer.num_test_batches if command == "test" else trainer.num_val_batches
+        if not sum(counts):
+            limit = f"trainer.limit_{_STAGES[command]}_batches"
+            raise ConfigError(
+                f"Nothing was evaluated: {limit} is 0. Give more, such as --{limit}=1.0 for all of the set."
+            )
+        pictures: dict[str, Any] = {}
+        for name, items in sets.items():
+            place = f"{_STAGES[command]}/{name}".rstrip("/")
+            answers = task.answers.get(name)
+            found: dict[str, Any] = {}
+            if answers is not None:
+                figures = {label: results[f"{place}/{label}"] for label in metrics if f"{place}/{label}" in results}
+                judge = Judge(metrics, figures, main, answers, groups_of(items))
+                found |= {"intervals": judge.intervals(), "one_answer": judge.one_answer(data.class_names)}
+                if baselines:
+                    found["baselines"] = judge.beside(data, items, progress)
+                pictures[place] = judge.pictures(data.class_names)
+            else:
+                pictures[place] = None
+            notes |= {f"{place}/{name}": found.get(name) or {} for name in _JUDGED}
+        results |= {key: value for key, value in notes.items() if value and key.rpartition("/")[2] in _JUDGED}
+        try:
+            with folder.locked():
+                if any(_identities(folder)[path] != before[path] for path in (folder.weights, loaded.source)):
+                    say(folder, "its weights changed during the evaluation; these results are not saved")
+                    return results
+                folder.update_results(remove=[key for key, value in notes.items() if not value], **results | notes)
+                folder.update_evaluation(pictures)
+        except RunInUse:
+            say(folder, "it is being trained; these results are not saved")
+            return results
+        for name, table in task.tables.items():
+            if len(table) != len(data.class_names):
+                continue  # not a table of classes
+            save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
+        # a page with a domain's section is left as it is: that may take long, and evaluate as well
+        if folder.report.is_file() and "steps" in folder.read_results() and not has_section(settings):
+            write_report(folder, settings, Outcome("finished", "", Facts.of(loaded.model, data)))
         return results
-    for name, table in task.tables.items():
-        if len(table) != len(data.class_names):
-            continue  # not a table of classes
-        save_png(folder.path / f"{name.replace('/', '_')}.png", confusion_matrix(table, data.class_names))
-    # a page with a domain's section is left as it is: that may take long, and evaluate as well
-    if folder.report.is_file() and "steps" in folder.read_results() and not has_section(settings):
-        write_report(folder, settings, Outcome("finished", "", Facts.of(loaded.model, data)))
-    return results
 
 
 def main_metric(settings: RunConfig, metrics: Mapping[str, Metric]) -> str:

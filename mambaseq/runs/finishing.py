@@ -21,6 +21,7 @@ from mambaseq.models import SequenceModel, build_model
 from mambaseq.plain import read_json
 from mambaseq.reporting.pictures import learning_curves, save_png
 from mambaseq.reporting.runs import RunFolder
+from mambaseq.runs.lost import by_first_alone
 from mambaseq.runs.trainer import misconfigured
 from mambaseq.tasks.callbacks import RunCheckpoints, Throughput
 from mambaseq.tasks.finite import Diverged
@@ -101,7 +102,8 @@ class Training:
         if trainer.is_global_zero:
             device = str(torch.cuda.get_device_name()) if trainer.strategy.root_device.type == "cuda" else "cpu"
             several = {} if trainer.world_size == 1 else {"devices": trainer.world_size}
-            return self._export(steps=step, device=device, **several, **results)
+            with by_first_alone():
+                return self._export(steps=step, device=device, **several, **results)
         return ""
 
     def _export(self, **results: Any) -> str:

@@ -7,14 +7,14 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning
 import torch.distributed as dist
 
-from mambaseq.errors import UserError
+from mambaseq.errors import UserError, paragraph
 from mambaseq.started import STARTED_BY, end_with
 from mambaseq.tasks.callbacks import RunCheckpoints
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 _SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 # the logger of what Lightning says before it kills the processes that are left of those that it started
 _OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
+_ALONE = "_by_first_alone"  # of an error: the others do not know of it
 
 
 class ProcessLost(UserError):
@@ -62,24 +63,47 @@ def _message(text: str, kind: str, trainer: lightning.Trainer, folder: Path, sav
     )
 
 
-def from_first(value: T, folder: Path) -> T:
-    """In all processes that have trained together, what the first one calls this with: they wait until it does. It
-    writes what a run leaves behind, and may need longer. Alone, the value itself.
-
-    Raises ProcessLost when the first process ends before.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    shared = [value]
+@contextlib.contextmanager
+def by_first_alone() -> Iterator[None]:
+    """Around what the first process does while the others go on to `from_first`: an error is theirs as well. One
+    outside, where all work together, is no message that they wait for."""
     try:
-        dist.broadcast_object_list(shared, src=0)
-    except RuntimeError as error:
-        if not _is_about_others(error):
+        yield
+    except Exception as error:
+        setattr(error, _ALONE, True)
+        raise
+
+
+def from_first(make: Callable[[], T], folder: Path) -> T:
+    """In all processes that have trained together, what this gives in the first one, which writes what a run leaves
+    behind and may need longer: the others wait. Alone, what it gives.
+
+    Raises what `make` raises; in all processes alike, as a UserError in the others, what the first one's raises in
+    `by_first_alone`; ProcessLost when the first process ends before.
+    """
+    failed: Exception | None = None
+    shared: list[Any] = [None, None]  # a value, and why there is none
+    try:
+        shared[0] = make()
+    except Exception as error:
+        if not hasattr(error, _ALONE):
             raise
-        raise ProcessLost(
-            f"{folder}: process {dist.get_rank()} of {dist.get_world_size()} stops, because the first one has ended "
-            "before its results were written. What it said itself says why."
-        ) from error
+        failed, shared[1] = error, error
+        if not isinstance(error, UserError):
+            why = paragraph(f"{type(error).__name__}: {error}", 300)
+            shared[1] = UserError(f"{folder}: the first process failed ({why}). What it said itself says where.")
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        try:
+            dist.broadcast_object_list(shared, src=0)
+        except RuntimeError as error:
+            if not _is_about_others(error):
+                raise
+            raise ProcessLost(
+                f"{folder}: process {dist.get_rank()} of {dist.get_world_size()} stops, because the first one has "
+                "ended before its results were written. What it said itself says why."
+            ) from error
+    if (told := failed or shared[1]) is not None:
+        raise told
     return shared[0]
 
 

@@ -89,8 +89,8 @@ class Run:
             raise ConfigError(f"split must be 'validation' or 'test', not {shown(split)}.")
         overrides = as_overrides(str(self.folder.require().config), settings, keys)
         command = "validate" if split == "validation" else "test"
-        found = evaluate(self.folder, command, overrides, progress=progress, baselines=baselines, dtype=dtype)
-        return from_first(found, self.path)
+        options: dict[str, Any] = {"progress": progress, "baselines": baselines, "dtype": dtype}
+        return from_first(lambda: evaluate(self.folder, command, overrides, **options), self.path)
 
     def model(self, device: str | None = None, dtype: str | None = None) -> LoadedModel:
         """The exported model, its description and its tokenizer; kept until the run exports another one. dtype: of the
@@ -170,12 +170,16 @@ def fit(
 def _trained(
     config: str, folder: RunFolder, overrides: list[str], resume: bool, progress: bool, allow_changed_data: bool
 ) -> Run:
-    outcome = train(config, folder, overrides, resume=resume, progress=progress, allow_changed_data=allow_changed_data)
-    if outcome.status == "diverged":
-        raise NotFinished(outcome.message)
-    if outcome.status == "interrupted":
-        raise KeyboardInterrupt(outcome.message)
-    from_first(None, folder.path)
+    options: dict[str, Any] = {"resume": resume, "progress": progress, "allow_changed_data": allow_changed_data}
+
+    def finished() -> None:
+        outcome = train(config, folder, overrides, **options)
+        if outcome.status == "diverged":
+            raise NotFinished(outcome.message)
+        if outcome.status == "interrupted":
+            raise KeyboardInterrupt(outcome.message)
+
+    from_first(finished, folder.path)
     return Run(folder.path)
 
 

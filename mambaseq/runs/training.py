@@ -26,7 +26,7 @@ from mambaseq.reporting.runs import RunFolder, rank
 from mambaseq.resources import cache_dir
 from mambaseq.runs.config import RunConfig
 from mambaseq.runs.finishing import Facts, Outcome, Training, diverged, interrupted
-from mambaseq.runs.lost import told_if_lost, watch_processes
+from mambaseq.runs.lost import by_first_alone, told_if_lost, watch_processes
 from mambaseq.runs.parsing import changed_model_settings, parse_config
 from mambaseq.runs.processes import check_devices
 from mambaseq.runs.report import write_report
@@ -144,7 +144,9 @@ def fit(
             outcome = _train(settings, folder, resume, progress, allow_changed_data, phases)
     if rank() != 0 or outcome.facts is None:
         return outcome
-    report = write_report(folder, settings, outcome)  # the lock is free: a report may evaluate the run
+    # whose other processes wait for nothing where it has not finished. The lock is free: a report may evaluate the run
+    with by_first_alone() if outcome.status == "finished" else contextlib.nullcontext():
+        report = write_report(folder, settings, outcome)
     return outcome._replace(message=f"{outcome.message}\n{report}") if report else outcome
 
 

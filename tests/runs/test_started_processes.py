@@ -14,7 +14,7 @@ import torch
 
 import mambaseq as ms
 from mambaseq.atomic import json_text
-from mambaseq.errors import ConfigError
+from mambaseq.errors import ConfigError, UserError
 from mambaseq.registry import allow_imports
 from mambaseq.reporting.runs import RunFolder
 from mambaseq.runs import processes
@@ -128,6 +128,39 @@ def script() -> None:
     Path(f"found{rank}.json").write_text(json_text([first, run.results, found]))
 
 
+def fill_the_disk_once() -> None:
+    """When the first results are written."""
+    write = RunFolder.update_results
+
+    def full(self: RunFolder, *arguments: Any, **values: Any) -> None:
+        RunFolder.update_results = write
+        raise UserError("The disk is full.")
+
+    RunFolder.update_results = full
+
+
+def failing_script() -> None:
+    told: list[Any] = []
+    with allow_imports("tiny"):
+        try:
+            ms.fit("c.yaml", out="run", progress=False)
+        except UserError as error:
+            told.append([type(error).__name__, str(error)])
+        run = ms.load("run").resume(progress=False)
+        try:
+            run.evaluate("validation", progress=False, settings={"trainer.limit_val_batches": 0})
+        except UserError as error:
+            told.append([type(error).__name__, str(error)])
+        update, RunFolder.update_evaluation = RunFolder.update_evaluation, None  # an error of the program
+        try:
+            run.evaluate("validation", progress=False)
+        except (UserError, TypeError) as error:
+            told.append([type(error).__name__, str(error)])
+        RunFolder.update_evaluation = update
+        told.append(run.evaluate("test", progress=False))
+    Path(f"told{os.environ['RANK']}.json").write_text(json_text(told))
+
+
 def test_two_processes_of_torchrun_train_one_run_or_refuse_it_once(tmp_path: Path) -> None:
     """A script has the same results in both, although the first one writes them."""
     (tmp_path / "c.yaml").write_text(CONFIG)
@@ -144,3 +177,22 @@ def test_two_processes_of_torchrun_train_one_run_or_refuse_it_once(tmp_path: Pat
     assert mine == others
     assert mine[0]["devices"] == 2
     assert "val/token_accuracy" in mine[0]
+
+
+def test_what_fails_in_the_first_process_is_told_in_both(tmp_path: Path) -> None:
+    """And what they do next is the same again."""
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    ranks = launching.start(failing_script, tmp_path, before={0: fill_the_disk_once})
+    assert ranks.wait(100) == [0, 0], ranks.told(0) + ranks.told(1)
+    mine, others = (json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in (0, 1))
+    assert mine[0] == others[0] == ["UserError", "The disk is full."]
+    assert mine[1] == others[1]
+    assert mine[1][0] == "ConfigError"
+    assert mine[1][1].startswith("Nothing was evaluated")
+    assert mine[2][0] == "TypeError"
+    assert others[2] == [
+        "UserError",
+        f"run: the first process failed (TypeError: {mine[2][1]}). What it said itself says where.",
+    ]
+    assert mine[3] == others[3]
+    assert "test/token_accuracy" in mine[3]
