@@ -36,7 +36,7 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """Who has started this process as one of several; None where it is alone, or will start the others itself."""
+    """Who has started this process, alone or as one of several; None where it will start the others itself."""
     environ = os.environ
     here = _number(environ.get("LOCAL_WORLD_SIZE")) or None
     if TorchElasticEnvironment.detect():
@@ -45,13 +45,13 @@ def launched() -> Launched | None:
         processes = _number(environ.get("SLURM_STEP_NUM_TASKS"))
         nodes = _number(environ.get("SLURM_STEP_NUM_NODES")) or _number(environ.get("SLURM_NNODES")) or 1
         found = Launched("SLURM", processes, processes // nodes)
-    elif "LOCAL_RANK" in environ and _number(environ.get("WORLD_SIZE")) > 1:
+    elif "LOCAL_RANK" in environ and _number(environ.get("WORLD_SIZE")):
         found = Launched("a launcher (WORLD_SIZE in the environment)", _number(environ["WORLD_SIZE"]), here)
     elif dist.is_available() and dist.is_initialized():
         found = Launched("an earlier training of this script", dist.get_world_size(), None)
     else:
         return None
-    return found if found.processes > 1 else None
+    return found if found.processes else None
 
 
 def _number(text: str | None) -> int:
@@ -92,7 +92,8 @@ def check_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
             remedy = "trainer.num_nodes to the machines and trainer.devices to the processes on each"
         _refuse(
             f"trainer.devices times trainer.num_nodes is {count} * {nodes} = {count * nodes}, but {by} started "
-            f"{processes} processes, and each is one device. Give {remedy}, or start {count * nodes}."
+            f"{processes} process{'es' if processes > 1 else ''}, and each is one device. Give {remedy}, or start "
+            f"{count * nodes}."
         )
     return {}
 
@@ -149,7 +150,9 @@ def _check_there(accelerator: Any, devices: Any, count: int | None) -> None:
         )
     if (asks or accelerator in (None, "auto")) and (have := torch.cuda.device_count()) and count and count > have:
         remedy = (
-            f"Give --trainer.devices {have}" if launched() is None else "Let it see all (SLURM: no --gpus-per-task)"
+            "Let it see all (SLURM: no --gpus-per-task)"
+            if (started := launched()) is not None and started.processes > 1
+            else f"Give --trainer.devices {have}"
         )
         raise ConfigError(
             f"trainer.devices is {shown(devices)}, but this process sees {have} GPU{'s' if have > 1 else ''}. "

@@ -30,6 +30,8 @@ trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
 SLURM = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
 STEP = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}
+ONE_TASK = {**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+ONE_OF_TORCHRUN = {**TORCHRUN, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 BY_HAND = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
 
 
@@ -59,6 +61,9 @@ def start(monkeypatch: pytest.MonkeyPatch):
         (SLURM, {}, {}),  # the job's script itself
         (BY_HAND, {}, {"devices": 2, "num_nodes": 1}),
         ({**BY_HAND, "WORLD_SIZE": "1"}, {"devices": 1}, {}),
+        (ONE_TASK, {}, {"devices": 1, "num_nodes": 1}),
+        (ONE_TASK, {"devices": 1}, {}),
+        (ONE_TASK | {"SLURM_JOB_NAME": "bash"}, {"devices": 2}, {}),  # a shell
     ],
 )
 def test_devices_are_what_a_launcher_started(given: dict, settings: dict, found: dict, start) -> None:
@@ -73,6 +78,8 @@ def test_devices_are_what_a_launcher_started(given: dict, settings: dict, found:
         (TORCHRUN, {"devices": [0, 1], "num_nodes": 2}, r"is 2 \* 2 = 4, but torchrun .* Give --trainer.devices 8"),
         (TORCHRUN, {"num_nodes": 4}, r"torchrun started 16 processes, 8 of them on this machine; not 8 \* 4"),
         (SLURM | STEP, {"devices": 4}, r"is 4 \* 1 = 4, but SLURM started 16 processes"),
+        (ONE_TASK, {"devices": 2}, r"is 2 \* 1 = 2, but SLURM started 1 process, .* --trainer.devices 1, or start 2\."),
+        (ONE_OF_TORCHRUN, {"devices": 2}, r"is 2 \* 1 = 2, but torchrun started 1 process, "),
         (BY_HAND, {"devices": "4"}, r"is 4 \* 1 = 4, but a launcher .* started 2 processes.*--trainer.devices 2"),
     ],
 )
