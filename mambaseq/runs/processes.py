@@ -28,11 +28,13 @@ _FIRST_SPEAKS = 5.0  # seconds before another process ends, at which a launcher 
 
 
 class Launched(NamedTuple):
-    """What has started this process and others like it. here: how many of them are on this machine; None if unknown."""
+    """What has started this process and others like it. here: how many of them are on this machine; machines: on how
+    many they are; None if unknown."""
 
     by: str
     processes: int
     here: int | None
+    machines: int | None = None
 
 
 def launched() -> Launched | None:
@@ -40,11 +42,13 @@ def launched() -> Launched | None:
     environ = os.environ
     here = _number(environ.get("LOCAL_WORLD_SIZE")) or None
     if TorchElasticEnvironment.detect():
-        found = Launched("torchrun", _number(environ.get("WORLD_SIZE")), here)
+        machines = _number(environ.get("GROUP_WORLD_SIZE")) or None
+        found = Launched("torchrun", _number(environ.get("WORLD_SIZE")), here, machines)
     elif SLURMEnvironment.detect():  # of a job's steps: its script, too, sees how many tasks the job may have
         processes = _number(environ.get("SLURM_STEP_NUM_TASKS"))
-        nodes = _number(environ.get("SLURM_STEP_NUM_NODES")) or _number(environ.get("SLURM_NNODES")) or 1
-        found = Launched("SLURM", processes, processes // nodes)
+        machines = _number(environ.get("SLURM_STEP_NUM_NODES")) or None  # a job may have more than this step is on
+        nodes = machines or _number(environ.get("SLURM_NNODES")) or 1
+        found = Launched("SLURM", processes, processes // nodes, machines)
     elif "LOCAL_RANK" in environ and _number(environ.get("WORLD_SIZE")):
         found = Launched("a launcher (WORLD_SIZE in the environment)", _number(environ["WORLD_SIZE"]), here)
     elif dist.is_available() and dist.is_initialized():
@@ -74,7 +78,12 @@ def check_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
     _check_nodes(nodes)
     if (started := launched()) is None:
         return {}
-    by, processes, here = started
+    by, processes, here, machines = started
+    if machines is not None and here is not None and here * machines != processes:
+        _refuse(
+            f"{by} started {processes} process{'es' if processes > 1 else ''} on {machines} machines; each machine has "
+            "to have as many. Start the same number on each (srun --ntasks-per-node, torchrun --nproc-per-node)."
+        )
     if devices in (None, "auto"):
         here = here or processes // max(nodes, 1)
         nodes = nodes if nodes != 1 else processes // here

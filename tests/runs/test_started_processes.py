@@ -30,6 +30,7 @@ trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}
 SLURM = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_PROCID": "0"}
 STEP = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}
+UNEVEN = {"SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NUM_NODES": "2"}
 ONE_TASK = {**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
 ONE_OF_TORCHRUN = {**TORCHRUN, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 BY_HAND = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
@@ -63,6 +64,7 @@ def start(monkeypatch: pytest.MonkeyPatch):
         ({**BY_HAND, "WORLD_SIZE": "1"}, {"devices": 1}, {}),
         (ONE_TASK, {}, {"devices": 1, "num_nodes": 1}),
         (ONE_TASK, {"devices": 1}, {}),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NNODES": "2"}, {"devices": 1}, {}),  # of a larger job
         (ONE_TASK | {"SLURM_JOB_NAME": "bash"}, {"devices": 2}, {}),  # a shell
     ],
 )
@@ -80,6 +82,10 @@ def test_devices_are_what_a_launcher_started(given: dict, settings: dict, found:
         (SLURM | STEP, {"devices": 4}, r"is 4 \* 1 = 4, but SLURM started 16 processes"),
         (ONE_TASK, {"devices": 2}, r"is 2 \* 1 = 2, but SLURM started 1 process, .* --trainer.devices 1, or start 2\."),
         (ONE_OF_TORCHRUN, {"devices": 2}, r"is 2 \* 1 = 2, but torchrun started 1 process, "),
+        (SLURM | UNEVEN, {}, r"SLURM started 3 processes on 2 machines; each machine has to have as many\. Start"),
+        (TORCHRUN | {"GROUP_WORLD_SIZE": "3"}, {}, r"torchrun started 16 processes on 3 machines; each machine has to"),
+        (SLURM | UNEVEN, {"devices": 3}, r"SLURM started 3 processes on 2 machines; each machine"),
+        (SLURM | UNEVEN | {"SLURM_STEP_NUM_NODES": "4"}, {}, r"SLURM started 3 processes on 4 machines; each machine"),
         (BY_HAND, {"devices": "4"}, r"is 4 \* 1 = 4, but a launcher .* started 2 processes.*--trainer.devices 2"),
     ],
 )
