@@ -72,14 +72,15 @@ def started(count: int, imports: str = "mambaseq.runs.training") -> Iterator[Pro
     processes: Processes = {}
     try:
         # until a process can leave Ctrl-C to the first one it is held back, and would else be a traceback
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if count else set()
-        for number in range(1, count + 1):
-            processes[number] = subprocess.Popen(
-                [sys.executable, "-c", _SCRIPT, os.pathsep.join(sys.path), imports],
-                stdin=subprocess.PIPE,
-                env=os.environ | {"LOCAL_RANK": str(number)},  # Lightning reads it when it is imported
-            )
-        if count:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for number in range(1, count + 1):
+                processes[number] = subprocess.Popen(
+                    [sys.executable, "-c", _SCRIPT, os.pathsep.join(sys.path), imports],
+                    stdin=subprocess.PIPE,
+                    env=os.environ | {"LOCAL_RANK": str(number)},  # Lightning reads it when it is imported
+                )
+        finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield processes
     finally:

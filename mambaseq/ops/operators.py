@@ -19,12 +19,12 @@ class Operator(NamedTuple):
     """What makes the operators `mambaseq::{name}` and `mambaseq::{name}_backward`.
 
     arguments: the NamedTuple of the inputs. schema: the first of them, as PyTorch writes them; what is left out has a
-        default and changes no number. The first output has the shape and dtype of the first input.
+        default and changes no number. Of several outputs, the first has the shape and dtype of the first input.
     differentiable: names of the inputs that get gradients.
     forward: `(a)` → `outputs` tensors that carry gradients, None for one that is not wanted (callers get an empty
         tensor). With `kept`: `(a, keep)` → these and `kept` tensors for the backward, used only if `keep`.
     backward: `(a, *doutputs, *kept)` → the gradients, None for inputs that are None. An output that nothing depends on
-        has None, or zeros with `zeros`; the first output always has a gradient.
+        has None, or zeros with `zeros`; the first output has a gradient wherever any has one.
     fake: the same as `forward`, but empty tensors: only shapes, dtypes and devices count.
     prepare: `(a)` → what `forward` and `backward` are given after `a`; made once in eager mode.
     """
@@ -103,6 +103,8 @@ def register(op: Operator) -> Callable[[Any], Any]:
 
     def gradients(ctx: Any, given: tuple[Any, ...], find: Callable[..., tuple[Any, ...]]) -> tuple[Any, ...]:
         """One for each input. given: those of the outputs and of what is kept."""
+        if all(d is None for d in given[: op.outputs]):
+            return (None,) * (n_inputs + bool(kept))
         saved, inputs = ctx.saved_tensors, list(ctx.plain)
         for place, value in zip(ctx.tensors, saved, strict=False):
             inputs[place] = value

@@ -74,6 +74,30 @@ def test_in_half_precision(op: Any, low: str, dtype: torch.dtype, device: str) -
     assert_equals_reference(op, "triton", build(op.name, "heads", **{low: dtype}), device_or_skip(device), dtype)
 
 
+class _Ignored(torch.autograd.Function):
+    """Has no gradient for what it reads."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.sum()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_where_there_is_no_gradient_there_is_none_before(device: str) -> None:
+    """None of another shape either, which kernels would read beyond."""
+    place = device_or_skip(device)
+    if (reason := portable.why_not(device)) is not None:
+        pytest.skip(f"triton: {reason}")
+    f, A_log, bias = (v.to(place).requires_grad_() for v in decays("none", 3, 2, 9, 15) if isinstance(v, Tensor))
+    g = log_decays(unit_norm(f, 5, backend="triton"), A_log, bias, backend="triton")
+    _Ignored.apply(g).backward()
+    assert [v.grad for v in (f, A_log, bias)] == [None] * 3
+
+
 def test_by_hand() -> None:
     y = unit_norm(torch.tensor([3.0, 4.0, 0.0, 0.0, 0.0, 2.0]), 2, scale=0.5, eps=0)
     torch.testing.assert_close(y[[0, 1, 4, 5]], torch.tensor([0.3, 0.4, 0.0, 0.5]))
