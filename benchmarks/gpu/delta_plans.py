@@ -31,7 +31,7 @@ OTHERS: dict[str, list[dict[str, gpu.Shape]]] = {
         {"walk": shape, "walk_back": shape}
         for shape in (gpu.Shape(w, s, r) for r, w, s in itertools.product(ROWS, WARPS, STAGES))
     ],
-    "pairs": [{"pairs": gpu.Shape(w, 1, 0, c)} for w, c in ((8, 64), (8, 128), (4, 128))],
+    "pairs": [{"pairs": gpu.Shape(w, 1, 0, c)} for w, c in ((8, 64), (8, 128), (4, 64))],
     "gradients": [
         {"of_channels": gpu.Shape(w, s, r, 64)} for w, s, r in ((4, 1, 64), (8, 2, 64), (8, 1, 128), (16, 1, 64))
     ],

@@ -83,7 +83,7 @@ def plan(d_key: int, d_value: int, dtype: torch.dtype, channels: bool, room: int
     if channels:
         walk = Shape(8, 3, 128) if whole else walk._replace(stages=min(stages, 2))
     return Plan(
-        pairs=Shape(8 if dtype == torch.float32 else 4, 1, 0, 64) if channels else Shape(4, 1, 0, 128 // wide),
+        pairs=Shape(8 if channels and dtype == torch.float32 else 4, 1, 0, 128 // wide),
         walk=walk,
         output=Shape(4, 1, 128 // wide, 128),
         walk_back=walk_back,
