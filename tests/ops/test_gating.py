@@ -7,13 +7,17 @@ import torch
 from agreement import DEVICES, TOLERANCE, Draw, device_or_skip, poisoned_memory
 
 from mambaseq.ops.dispatch import relative_rms_error
-from mambaseq.ops.trapezoid import writing
+from mambaseq.ops.trapezoid import gating, writing
 from mambaseq.ops.trapezoid.gating import GateArguments, gated, kernel
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rank", [None, 3])
-def test_kernels_equal_the_definition(rank: int | None, device: str) -> None:
+@pytest.mark.parametrize("programs", [1024, 3])  # a tile each, or two, of which the last is none
+def test_kernels_equal_the_definition(
+    programs: int, rank: int | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gating, "_PROGRAMS", programs)
     draw, place, (heads, head_dim) = Draw("gating"), device_or_skip(device), (2, 20)
     # columns of wider rows, as a projection has them
     v, z = draw.normal(1, 37, 2 * heads * head_dim + 2)[..., 1:-1].half().unflatten(-1, (2, heads, head_dim)).unbind(2)
@@ -33,7 +37,11 @@ def test_kernels_equal_the_definition(rank: int | None, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_what_is_written_equals_the_definition(dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("programs", [1024, 3])
+def test_what_is_written_equals_the_definition(
+    programs: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gating, "_PROGRAMS", programs)
     draw, place, (heads, rank, head_dim) = Draw("writing"), device_or_skip(device), (2, 3, 20)
     v = draw.normal(1, 37, heads * head_dim + 2)[..., 1:-1].to(place, dtype).unflatten(-1, (heads, head_dim))
     x_map, cotangent = draw.normal(heads, rank, head_dim).to(place), draw.normal(1, 37, heads, rank, head_dim).to(dtype)

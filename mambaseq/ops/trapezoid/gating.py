@@ -14,6 +14,8 @@ from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
 _ROWS = 32  # of a program
+_TILE, _MOST_TILES = 512, 16  # backward: numbers of a tile, which leave registers for sums, and tiles of a program
+_PROGRAMS = 1024  # wanted before one takes several tiles
 
 
 class GateArguments(NamedTuple):
@@ -65,6 +67,15 @@ def by_rows(value: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def tiled(rows: int, heads: int, block: int) -> tuple[int, int, int]:
+    """Of kernels that keep sums over rows in registers: rows of a tile of block columns, tiles of a program, and
+    programs of a head."""
+    of_tile = max(1, _TILE // block)
+    tiles = -(-rows // of_tile)
+    of_program = max(1, min(_MOST_TILES, tiles * heads // _PROGRAMS))
+    return of_tile, of_program, -(-tiles // of_program)
+
+
 def _given(a: GateArguments) -> tuple[Any, ...]:
     v, z = by_rows(a.v), by_rows(a.z)
     maps = (None if m is None else m.contiguous() for m in (a.x_map, a.z_map, a.o_map))
@@ -90,7 +101,8 @@ def _forward(a: GateArguments) -> tuple[Tensor]:
 
 def _backward(a: GateArguments, dout: Tensor) -> tuple[Tensor | None, ...]:
     rows, (heads, head_dim), device = a.v.shape[:-2].numel(), a.v.shape[-2:], a.y.device
-    blocks, known = -(-rows // _ROWS), _known(a)
+    known = _known(a)
+    known["ROWS"], tiles, blocks = tiled(rows, heads, known["BLOCK"])
     dy, dv, dz = (torch.empty(m.shape, dtype=m.dtype, device=device) for m in (a.y, a.v, a.z))
     dD = torch.empty(blocks, heads, dtype=torch.float32, device=device)
     shares = None
@@ -98,7 +110,7 @@ def _backward(a: GateArguments, dout: Tensor) -> tuple[Tensor | None, ...]:
         shares = torch.empty(3, blocks, heads, known["RANK"], head_dim, dtype=torch.float32, device=device)
     with portable.on(a.y):
         _kernels().gate_backward[(blocks, heads)](
-            *_given(a), dout.contiguous(), dy, dv, dz, shares, dD, rows, heads, blocks, **known
+            *_given(a), dout.contiguous(), dy, dv, dz, shares, dD, rows, heads, blocks, tiles, **known
         )
     maps: list[Tensor | None] = [None] * 3
     if shares is not None:

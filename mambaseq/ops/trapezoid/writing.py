@@ -12,7 +12,7 @@ from mambaseq.ops.dtypes import working_dtype
 from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
-from mambaseq.ops.trapezoid.gating import by_rows
+from mambaseq.ops.trapezoid.gating import by_rows, tiled
 
 _ROWS = 32  # of a program
 
@@ -71,12 +71,13 @@ def _forward(a: WriteArguments) -> tuple[Tensor]:
 
 def _backward(a: WriteArguments, dout: Tensor) -> tuple[Tensor, Tensor]:
     v, heads = by_rows(a.v), a.v.shape[-2]
-    blocks = -(-v.shape[0] // _ROWS)
+    known = _known(a)
+    known["ROWS"], tiles, blocks = tiled(v.shape[0], heads, known["BLOCK"])
     dv = torch.empty(a.v.shape, dtype=a.v.dtype, device=v.device)
     shares = torch.empty(blocks, *a.x_map.shape, dtype=torch.float32, device=v.device)
     with portable.on(a.v):
         _kernels().write_backward[(blocks, heads)](
-            v, v.stride(0), a.x_map.contiguous(), dout.contiguous(), dv, shares, v.shape[0], heads, **_known(a)
+            v, v.stride(0), a.x_map.contiguous(), dout.contiguous(), dv, shares, v.shape[0], heads, tiles, **known
         )
     return dv, shares.sum(0).to(a.x_map.dtype)
 
