@@ -30,7 +30,7 @@ _LEFTOVER = re.compile(
 _FOREIGN_AFTER = 7 * 24 * 3600  # seconds: whether another machine's process lives cannot be checked
 _WAIT = 1.0  # seconds that a reader waits for a living process to put a folder in place
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
@@ -157,7 +157,7 @@ def write_failed(path: Path, error: BaseException) -> UserError | None:
         return None  # an error about some other file, such as one that is read
     number = error.errno if isinstance(error, OSError) else None
     text = str(error)
-    if number in _FULL or "No space left on device" in text or "os error 28" in text:
+    if number in FULL or "No space left on device" in text or "os error 28" in text:
         return UserError(
             f"The disk is full (or a quota reached): {path} could not be written. The earlier file, if any, is "
             "untouched, and the unfinished copy was removed. Free some space, or choose another place."

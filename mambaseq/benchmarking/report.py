@@ -63,6 +63,14 @@ class Ratio:
     over: str = ""
 
 
+_WHERE = 52  # characters for a row's shape
+
+
+def _width(column: Column) -> int:
+    """Characters for a column, with what separates it from the one before."""
+    return max(13, len(column.heading) + 2)
+
+
 class Report:
     """Collects a benchmark's rows and prints each when it is ready. path: a file where all of them are then
     written."""
@@ -79,21 +87,22 @@ class Report:
 
     def head(self, title: str) -> None:
         """Begin a table."""
-        headings = "".join(f"{column.heading:>13}" for column in self.columns)
-        print(f"\n{title}\n{'':<42} {'':<22}{headings}", flush=True)
+        headings = "".join(f"{column.heading:>{_width(column)}}" for column in self.columns)
+        print(f"\n{title}\n{'':<{_WHERE}} {'':<22}{headings}", flush=True)
 
     def add(self, row: Row) -> None:
         """Keep a row and print it."""
         self.rows.append(row)
         who = row.contender + (f" ({row.backend})" if row.backend else "")
         if row.status == "ok":
-            cells = (self._cell(column, row.values.get(column.key)) for column in self.columns)
-            text = "".join(f"{cell:>13}" for cell in cells) + (f"  {row.note}" if row.note else "")
+            cells = ((column, self._cell(column, row.values.get(column.key))) for column in self.columns)
+            text = "".join(f"{cell:>{_width(column)}}" for column, cell in cells)
+            text += f"  {row.note}" if row.note else ""
         elif row.status == "wrong":
             text = f"  WRONG: {row.note}"
         else:
             text = f"  {'-' if row.status == 'skipped' else row.status}: {row.note}"
-        print(f"{label(row.shape):<42} {who:<22}{text}", flush=True)
+        print(f"{label(row.shape):<{_WHERE}} {who:<22}{text}", flush=True)
         if self.path is not None and not is_stream(self.path):
             self.write(self.path)
 
@@ -143,7 +152,7 @@ class Report:
             line = lines.setdefault((ratio.op, where, ratio.peer), [])
             line.append(f"{headings[ratio.value]} {ratio.ratio:.2f}x")
         for (op, where, peer), parts in lines.items():
-            print(f"{op:<30} {where:<42} {peer:<22} {'   '.join(parts)}")
+            print(f"{op:<30} {where:<{_WHERE}} {peer:<22} {'   '.join(parts)}")
 
     def write(self, path: Path) -> None:
         """Write everything as JSON, completely or not at all."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import json
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -18,11 +21,12 @@ from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, weig
 from mambaseq.checkpoints.stored import weights_in
 from mambaseq.checkpoints.upstream import load_upstream
 from mambaseq.data.tokenizer import Tokenizer
-from mambaseq.errors import ConfigError, UserError, cut_list, shown
+from mambaseq.domain import catalog
+from mambaseq.errors import ConfigError, UserError, cut, cut_list, shown
 from mambaseq.models import SequenceModel
 from mambaseq.models.modules import further_names
 from mambaseq.resources import located
-from mambaseq.specs import NOT_IN_WEIGHTS, PARTS
+from mambaseq.specs import NOT_IN_WEIGHTS, PARTS, arguments_of
 
 _MOST = 6  # names in a message
 _PADDING = 128  # the most rows that published vocabularies are padded with, to a multiple that suits a GPU
@@ -147,15 +151,15 @@ def begin_from(
             found.new.append(name)
     if wrong:
         raise ConfigError(
-            f"finetune.init_from: {source} has another backbone: {cut_list(wrong, 3, separator='; ')}. Give model the "
-            "settings that it was trained with (d_model, backbone, mixer), or leave it out."
+            f"finetune.init_from: {source} has another backbone: {cut_list(wrong, 3, separator='; ')}. "
+            + _remedy(loaded.card.spec, card.spec)
         )
     if not any(theirs[name].dim() > 1 for name in found.taken if name.startswith("backbone.")):
         raise ConfigError(
             f"finetune.init_from: nothing in the backbone of {source} fits; its mixer is "
             f"{shown(loaded.card.spec['mixer']['name'])} in {shown(loaded.card.spec['backbone']['name'])}, this one's "
-            f"{shown(card.spec['mixer']['name'])} in {shown(card.spec['backbone']['name'])}. Give model the settings "
-            "that it was trained with, or leave it out."
+            f"{shown(card.spec['mixer']['name'])} in {shown(card.spec['backbone']['name'])}. "
+            + _remedy(loaded.card.spec, card.spec)
         )
     if misused and not other_tokenizer:
         raise ConfigError(f"finetune.init_from: {source} {_other_tokenizer(loaded, card, tokenizer, ids.other)}")
@@ -172,6 +176,39 @@ def begin_from(
             if name in values:
                 tensor.copy_(values[name])
     return found
+
+
+def _remedy(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What to do where backbones do not fit: the settings that the source's description has and this one has not."""
+    differing = [] if theirs["d_model"] == ours["d_model"] else [("d_model", theirs["d_model"])]
+    for part in ("backbone", "mixer"):
+        former, now = (_with_defaults(part, spec[part]) for spec in (theirs, ours))
+        if former["name"] != now["name"]:  # the others of ours mean nothing to it
+            now = _with_defaults(part, {"name": former["name"]})
+            differing.append((f"{part}.name", former["name"]))
+        differing += [
+            (f"{part}.{key}", value)
+            for key, value in former.items()
+            if key != "name" and key not in (*_TOLD, *NOT_IN_WEIGHTS) and now.get(key) != value
+        ]
+    for name, options in theirs.get("mixers", {}).items():
+        now = ours.get("mixers", {}).get(name, {})
+        differing += [(f"mixers.{name}.{key}", value) for key, value in options.items() if now.get(key) != value]
+    words = [f"--model.{key} {_word(value)}" for key, value in differing]
+    given = cut(" ".join(words), 400) if words else "d_model, backbone, mixer"
+    return f"Give model the settings that it was trained with ({given}), or begin without it (--finetune.init_from '')."
+
+
+def _with_defaults(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a backbone or a mixer with the defaults of its class."""
+    made = arguments_of(catalog()[f"{part}s"].get(options["name"]))
+    defaults = {key: one.default for key, one in made.items() if one.default is not inspect.Parameter.empty}
+    return defaults | dict(options)
+
+
+def _word(value: Any) -> str:
+    """A value as a command line takes it."""
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
 
 
 def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple[tuple[str, ...], list[str]]:

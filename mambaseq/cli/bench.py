@@ -11,7 +11,7 @@ from mambaseq.importing import uncollected
 from mambaseq.outputs import check_picture
 
 BENCHES = {
-    "ops": "each op with kernels for a GPU; the scan against attention and convolution by length",
+    "ops": "ops that peers have as well; the scan against attention and convolution by length",
     "block": "a Mamba block, forward and backward",
     "train": "training steps of a language model, next to a Transformer of equal size",
     "decode": "generation throughput, next to peers and to a Transformer with a cache of keys and values",

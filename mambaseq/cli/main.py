@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable
 
 from mambaseq import __version__
+from mambaseq.atomic import FULL
 from mambaseq.domain import catalog
 from mambaseq.errors import UserError, did_you_mean, paragraph, shown
 from mambaseq.registry import allow_imports
@@ -92,8 +93,23 @@ def main(argv: list[str] | None = None) -> int:
         finally:  # also when argparse exits: a closed pipe may be noticed only when the buffer is flushed
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe left (mambaseq list | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        _drop_output()
+        print(
+            "mambaseq: The disk is full (or a quota reached): the output of this command, or a temporary file, could "
+            "not be written completely. Free some space, or choose another place.",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _drop_output() -> None:
+    """Leave standard output without a reader, for the flush at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:

@@ -40,7 +40,13 @@ def run(argv: list[str], command: str) -> int:
         + "\n".join(f"  {entry.name:<{width}}  {entry.summary}" for entry in recipes),
     )
     parser.add_argument("recipe", metavar="NAME", help="a recipe, with or without its domain")
-    parser.add_argument("--scale", choices=("full", "small", "tiny"), default=None, help="full on a GPU, else small")
+    parser.add_argument(
+        "--scale",
+        choices=("full", "small", "tiny"),
+        default=None,
+        help="full: the reported results, on a GPU; small: minutes on a CPU; tiny: seconds, to see that all runs, and "
+        "nothing is learned. When left out, full on a GPU, else small",
+    )
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
         "--seeds", type=int, default=None, metavar="N", help="number of seeds; the default is the recipe's own"

@@ -225,6 +225,13 @@ class RunFolder:
     def require(self) -> RunFolder:
         """Raise UserError unless there is a run here."""
         if "\0" in str(self.path) or not os.path.isfile(self.config):  # noqa: PTH113 - Path's raises for some names
+            model = self.path / "model" / "model.json"
+            if "\0" not in str(self.path) and os.path.isfile(model):  # noqa: PTH113 - as above
+                raise UserError(
+                    f"{self.path} holds a model without a run: config.yaml is missing, since it was imported without a "
+                    "tokenizer, or the file was removed. Import it again with --tokenizer FILE, or begin a run with "
+                    f"the model: mambaseq fit --config NAME --init-from {self.path}"
+                )
             near = near_folder(self.path, lambda folder: os.path.isfile(folder / "config.yaml"))  # noqa: PTH113 - as above
             raise UserError(
                 f"There is no run at {self.path}: config.yaml is missing.{near} Give the folder that `mambaseq fit` "

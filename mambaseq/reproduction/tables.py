@@ -12,6 +12,10 @@ from typing import Any, Literal
 from mambaseq.atomic import atomic_file, json_text, plain_values
 
 _MOST_DIGITS = 4
+_TINY = (
+    "Tiny models and a few steps, to see that everything runs: nothing is learned, and the figures say nothing of the "
+    "paper's. `--scale small` takes minutes on a CPU, `--scale full` gives the reported results, on a GPU."
+)
 HOLDS, FAILS, NONE = "holds", "does not hold", ""
 
 
@@ -140,6 +144,7 @@ class Report:
         seeds = f"seed {self.seeds[0]}" if len(self.seeds) == 1 else f"{len(self.seeds)} seeds"
         took = "" if self.seconds is None else f"{self.seconds / 60:.1f} min, "
         made = f"`{self.command}`: {self.hardware}, {self.versions}, {seeds}, {took}{self.date}."
+        made += f"\n\n{_TINY}" if self.scale == "tiny" else ""
         return made + "\n\n" + "\n".join(table.markdown() for table in self.tables)
 
     def write(self, folder: Path, stem: str = "report") -> Path:

@@ -316,3 +316,18 @@ def test_another_backbone_is_refused(now: dict[str, Any], told: str) -> None:
         begun(now, spec())
     assert told in str(error.value)
     assert len(str(error.value)) < 1000
+
+
+def test_another_backbone_is_told_by_its_settings() -> None:
+    """Those that differ, and no others: defaults that are written out are defaults, and layers may be more."""
+    backbone = {"name": "residual", "n_layers": 2, "norm": "layer", "norm_eps": 1e-5, "dropout": 0.1, "pattern": None}
+    mixer = {"name": "mamba3", "d_state": 8, "head_dim": 8, "rank": 2, "expand": 2}
+    theirs = spec(d_model=16, backbone=backbone, mixer=mixer)
+    ours = spec(layers=3, mixer={"name": "gated_delta", "head_dim": 8})
+    with pytest.raises(ConfigError) as error:
+        begun(ours, theirs)
+    words = str(error.value).partition("trained with (")[2].partition(")")[0]
+    assert words == (
+        "--model.d_model 16 --model.backbone.norm layer --model.mixer.name mamba3 --model.mixer.d_state 8 "
+        "--model.mixer.head_dim 8 --model.mixer.rank 2"
+    )

@@ -179,6 +179,10 @@ def test_a_checkpoint_without_a_tokenizer(tokenizer_file: Path, tmp_path: Path, 
     (tmp_path / "text.txt").write_text(TEXT)
     assert main(["predict", "--checkpoint", str(run), str(tmp_path / "text.txt"), "--out", str(tmp_path / "o.csv")])
     assert "has no tokenizer, so it reads" in capsys.readouterr().err
+    assert main(["test", "--checkpoint", str(run)]) == 2
+    told = capsys.readouterr().err
+    for part in ("holds a model without a run", "--tokenizer FILE", f"--init-from {run}"):
+        assert part in told
     _, bare = load_source(run, HFTokenizer(str(tokenizer_file / "tokenizer.json")))
     assert bare  # so that a vocabulary without the padding takes its rows
     assert "since the model has none: give it ids" in save_transformers(load_model(run), tmp_path / "back")[0]

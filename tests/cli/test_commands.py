@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -178,6 +179,19 @@ def test_a_pipe_that_is_closed_early(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")  # noqa: PTH110
+@pytest.mark.parametrize("text", ["too much", "too much\\n" * 10_000])  # at the last flush, and before
+def test_a_disk_that_is_full_behind_standard_output(text: str) -> None:
+    code = (
+        "import sys; sys.stdout = open('/dev/full', 'w'); from mambaseq.cli import main; "
+        f"main.usage = lambda: '{text}'; sys.exit(main.main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mambaseq: The disk is full")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", ["runs {}", "import --checkpoint {} --out x", "sweep plan.yaml --out x"])

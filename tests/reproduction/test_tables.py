@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     again = Report.read(path)
     assert again.markdown() == report.markdown() == (tmp_path / "out" / "report.md").read_text()
     assert "1.5 min" in again.markdown()
+    assert "nothing is learned" not in again.markdown()
+    assert "nothing is learned" in dataclasses.replace(again, scale="tiny").markdown()
     assert again.tables[0].lines[0] == report.tables[0].lines[0]
     assert again.tables[0].lines[1].values["a"][0] == 0.25
     assert math.isnan(again.tables[0].lines[1].values["a"][1])
