@@ -214,7 +214,8 @@ class Mamba3(Mixer):
         ranked = (self.rank, self.n_groups, self.d_state)
         B, C = self.B_norm(B.unflatten(-1, ranked)), self.C_norm(C.unflatten(-1, ranked))
         dt = F.softplus(dt + self.dt_bias.to(wide))
-        rate = F.softplus(A) if self.softplus_rate else A.clamp(min=0) + 1 / (1 - A.clamp(max=0))
+        # at 0 relu passes no gradient on and masked_fill does: of the two one must, and releases differ in clamp's
+        rate = F.softplus(A) if self.softplus_rate else F.relu(A) + 1 / (1 - A.masked_fill(A > 0, 0))
         A = -rate.clamp(min=self.A_floor)
         return z, v, B, C, dt, A, torch.sigmoid(trap), angles[..., None, :]
 

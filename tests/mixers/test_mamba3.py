@@ -141,6 +141,16 @@ def test_biases_and_dynamics_have_no_weight_decay() -> None:
     assert rest["weight_decay"] == 0
 
 
+@pytest.mark.parametrize("softplus_rate", [False, True])
+def test_gradients_where_nothing_comes_in(softplus_rate: bool) -> None:
+    """Of a position of zeros the rate stands where its two branches meet."""
+    torch.manual_seed(0)
+    mixer = Mamba3(8, d_state=4, head_dim=4, softplus_rate=softplus_rate).double()
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    x[:, 2] = 0
+    assert torch.autograd.gradcheck(mixer, (x.requires_grad_(),), eps=1e-6, atol=1e-6)
+
+
 def test_angles_of_a_long_past_turn_as_exactly_as_those_of_a_short_one() -> None:
     """A state's angles are sums that nothing wraps, in float64: in float32, steps of a millionth would be lost."""
     torch.manual_seed(0)
