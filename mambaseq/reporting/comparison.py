@@ -128,6 +128,9 @@ def write_json(runs: Runs, path: Path) -> None:
         file.write((json_text(rows, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+_LINES = ("-", "--", ":", "-.")
+
+
 def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
     """A picture of a logged metric of all runs over steps, and over logged tokens and seconds of training; and messages
     about runs that did not log those, which are drawn over steps only.
@@ -140,7 +143,8 @@ def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
     for run in runs.folders:
         if not (points := run.points(metric)):
             continue
-        label, colour = str(run.path), f"C{drawn}"
+        # ten colours, and then the same ones with other lines
+        label, colour, line = str(run.path), f"C{drawn % 10}", _LINES[drawn // 10 % len(_LINES)]
         drawn += 1
         places: tuple[list[float | None], ...] = (
             [point.step + 1 for point in points],
@@ -150,7 +154,7 @@ def curves(runs: Runs, metric: str = "val/loss") -> tuple[Figure, list[str]]:
         for axes, found in zip(panels, places, strict=True):
             known = [(x, point.value) for x, point in zip(found, points, strict=True) if x is not None]
             if known:
-                axes.plot(*zip(*known, strict=True), marker="o", ms=2.5, label=label, color=colour)
+                axes.plot(*zip(*known, strict=True), marker="o", ms=2.5, label=label, color=colour, ls=line)
         if any(None in found for found in places):
             old.append(label)
     if not drawn:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from mambaseq.cli.main import main
 from mambaseq.errors import ConfigError, UserError
@@ -67,6 +68,14 @@ def test_curves_are_over_the_tokens_and_seconds_that_were_logged(tmp_path: Path,
     assert main(["runs", str(tmp_path), "--picture", str(tmp_path / "p.png")]) == 0
     assert notes == [f"over steps alone: an earlier version did not log tokens and seconds of {tmp_path / 'b'}"]
     assert notes[0] in capsys.readouterr().out
+
+
+def test_no_two_curves_of_a_picture_look_alike(tmp_path: Path) -> None:
+    for number in range(23):
+        made(tmp_path / f"r{number:02}", 0.1, {"steps": 2, "train_tokens": 9, "train_seconds": 9}, [3.0, 2.0])
+    figure, _ = curves(compare([tmp_path]))
+    for axes in figure.axes:
+        assert len({(to_rgb(line.get_color()), line.get_linestyle()) for line in axes.get_lines()}) == 23
 
 
 def test_the_command(runs: Path, drawn: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
