@@ -258,7 +258,7 @@ def gradients_of_pairs(
         p = p0 + tl.arange(0, BLOCK_P)
         dys = _rows(dy, row, dy_row, p, here, P)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
-        mask = (p < P)[:, None] & here[None, :]
+        mask = (p < P)[:, None] & (i < SIZE)[None, :]  # all: zeros stand beyond `count`
         u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
         pairs += _dot(dys, u) * power
         mirrored += _dot(tl.trans(u), tl.trans(dys)) * power
@@ -324,7 +324,7 @@ def gradients_of_channels(
         entered = tl.load(states + of_state, mask=mask, other=0.0)
         dleft = tl.load(left + of_state, mask=mask, other=0.0)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
-        mask = (p < P)[:, None] & here[None, :]
+        mask = (p < P)[:, None] & (i < SIZE)[None, :]  # all: zeros stand beyond `count`
         u = tl.load(written + of_u, mask=mask, other=0.0)
         flow += tl.sum(entered.to(tl.float32) * dleft.to(tl.float32), axis=0)
         entered, of_entered = _kept(entered, dys)
