@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import shlex
 import tempfile
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mambaseq.atomic import json_text
 from mambaseq.checkpoints.card import ModelCard
 from mambaseq.checkpoints.export import LoadedModel, has_model, load_model, weights
 from mambaseq.checkpoints.stored import weights_in
@@ -208,7 +208,7 @@ def _with_defaults(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     """A value as a command line takes it."""
-    return shlex.quote(value if isinstance(value, str) else json.dumps(value))
+    return shlex.quote(value if isinstance(value, str) else json_text(value))
 
 
 def _others(model: SequenceModel, loaded: LoadedModel, card: ModelCard) -> tuple[tuple[str, ...], list[str]]:
