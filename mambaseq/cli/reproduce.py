@@ -44,7 +44,7 @@ def run(argv: list[str], command: str) -> int:
         "--scale",
         choices=("full", "small", "tiny"),
         default=None,
-        help="full: the reported results, on a GPU; small: minutes on a CPU; tiny: seconds, to see that all runs, and "
+        help="full: the reported results, on a GPU; small: sized for a CPU; tiny: seconds, to see that all runs, and "
         "nothing is learned. When left out, full on a GPU, else small",
     )
     seeds = parser.add_mutually_exclusive_group()

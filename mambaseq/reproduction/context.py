@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 class Context:
     """Device, sizes, seeds, and the folder in which finished trials are kept.
 
-    scale: "full" gives the reported results, on a GPU; "small" takes minutes on a CPU; "tiny" takes seconds and learns
+    scale: "full" gives the reported results, on a GPU; "small" is sized for a CPU; "tiny" takes seconds and learns
         nothing.
     only: names of lines, or of other choices of a recipe, or `FINISHED` where it knows that; empty for all.
     hardware: what trials run on. records: of the requested trials, by name.

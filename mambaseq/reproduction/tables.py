@@ -14,7 +14,7 @@ from mambaseq.atomic import atomic_file, json_text, plain_values
 _MOST_DIGITS = 4
 _TINY = (
     "Tiny models and a few steps, to see that everything runs: nothing is learned, and the figures say nothing of the "
-    "paper's. `--scale small` takes minutes on a CPU, `--scale full` gives the reported results, on a GPU."
+    "paper's. `--scale small` is sized for a CPU, `--scale full` gives the reported results, on a GPU."
 )
 HOLDS, FAILS, NONE = "holds", "does not hold", ""
 
