@@ -88,6 +88,7 @@ domain = Domain(
         "mamba3": ("mambaseq:configs/audio/mamba3.yaml", "digits with Mamba-3 of several inputs a head, on a GPU"),
         "gated_delta": ("mambaseq:configs/audio/gated_delta.yaml", "digits with the gated delta rule, on a GPU"),
         "kda": ("mambaseq:configs/audio/kda.yaml", "digits with Kimi Delta Attention, on a GPU"),
+        "gla": ("mambaseq:configs/audio/gla.yaml", "digits with gated linear attention, on a GPU"),
         "demo": ("mambaseq:configs/audio/demo.yaml", "spoken digits with a condition, minutes on a CPU"),
     },
     commands={

@@ -62,6 +62,7 @@ domain = Domain(
         "five_species": ("mambaseq:configs/dna/five_species.yaml", "which of HyenaDNA's five species, on a GPU"),
         "gated_delta": ("mambaseq:configs/dna/gated_delta.yaml", "genome with the gated delta rule, on a GPU"),
         "kda": ("mambaseq:configs/dna/kda.yaml", "genome with Kimi Delta Attention, on a GPU"),
+        "gla": ("mambaseq:configs/dna/gla.yaml", "genome with gated linear attention, on a GPU"),
         "mamba3": ("mambaseq:configs/dna/mamba3.yaml", "genome with Mamba-3, on a GPU"),
         "demo": ("mambaseq:configs/dna/demo.yaml", "species of 2 kb windows, minutes on a CPU"),
     },
