@@ -14,7 +14,8 @@ from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
 _ROWS = 32  # of a program
-_TILE, _MOST_TILES = 512, 16  # backward: numbers of a tile, which leave registers for sums, and tiles of a program
+# backward: numbers of a tile, which leave registers for sums (more of them where there are maps), tiles of a program
+_TILE, _TILE_OF_MAPS, _MOST_TILES = 512, 256, 16
 _PROGRAMS = 1024  # wanted before one takes several tiles
 
 
@@ -67,10 +68,10 @@ def by_rows(value: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def tiled(rows: int, heads: int, block: int) -> tuple[int, int, int]:
-    """Of kernels that keep sums over rows in registers: rows of a tile of block columns, tiles of a program, and
-    programs of a head."""
-    of_tile = max(1, _TILE // block)
+def tiled(rows: int, heads: int, block: int, most: int = _TILE) -> tuple[int, int, int]:
+    """Of kernels that keep sums over rows in registers: rows of a tile of block columns and at most so many numbers,
+    tiles of a program, and programs of a head."""
+    of_tile = max(1, most // block)
     tiles = -(-rows // of_tile)
     of_program = max(1, min(_MOST_TILES, tiles * heads // _PROGRAMS))
     return of_tile, of_program, -(-tiles // of_program)
@@ -102,7 +103,8 @@ def _forward(a: GateArguments) -> tuple[Tensor]:
 def _backward(a: GateArguments, dout: Tensor) -> tuple[Tensor | None, ...]:
     rows, (heads, head_dim), device = a.v.shape[:-2].numel(), a.v.shape[-2:], a.y.device
     known = _known(a)
-    known["ROWS"], tiles, blocks = tiled(rows, heads, known["BLOCK"])
+    tile = _TILE if a.x_map is None else _TILE_OF_MAPS
+    known["ROWS"], tiles, blocks = tiled(rows, heads, known["BLOCK"], tile)
     dy, dv, dz = (torch.empty(m.shape, dtype=m.dtype, device=device) for m in (a.y, a.v, a.z))
     dD = torch.empty(blocks, heads, dtype=torch.float32, device=device)
     shares = None

@@ -12,11 +12,22 @@ from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, register
 
-_ROWS, _PAIRS = 32, 32  # of a program
-_HEADS, _HEADS_BACKWARD = 8, 64  # of a group that a program takes at most, forward and backward
 _PROGRAMS = 1024  # wanted before one takes several heads
 _MOST_STATES = 256
 _ALIGNMENT = 16  # bytes
+
+
+class _Tile(NamedTuple):
+    """What a program takes: rows, pairs, heads of a group at most, by so many warps."""
+
+    rows: int
+    pairs: int
+    heads: int
+    warps: int
+
+
+_FORWARD = _Tile(8, 64, 8, 4)
+_BACKWARD = _Tile(32, 32, 64, 2)  # sums over rows, a head's at a time, stay with two warps
 
 
 class TurnArguments(NamedTuple):
@@ -79,24 +90,21 @@ def why_not(a: TurnArguments) -> str | None:
     return None
 
 
-def _sizes(a: TurnArguments, most: int) -> tuple[tuple[int, int, int], dict[str, Any], tuple[int, ...]]:
-    """The grid; what kernels know when they are compiled; rows, heads, groups, heads of a group and
-    of a program.
-
-    most: heads of a group that a program takes, at most.
-    """
+def _sizes(a: TurnArguments, tile: _Tile) -> tuple[tuple[int, int, int], dict[str, Any], tuple[int, ...]]:
+    """The grid; what kernels know when they are compiled; rows, heads, groups, heads of a group and of a program."""
     rank, groups, d_state = a.B.shape[-3:]
     rows, per_group = a.angle.shape[:-2].numel(), a.heads // groups
-    pairs = min(_PAIRS, 1 << (d_state // 2 - 1).bit_length())
-    blocks, columns = -(-rows // _ROWS), -(-d_state // (2 * pairs))
-    heads = max(1, min(most, per_group, blocks * columns * rank * a.heads // _PROGRAMS))
+    pairs = min(tile.pairs, 1 << (d_state // 2 - 1).bit_length())
+    blocks, columns = -(-rows // tile.rows), -(-d_state // (2 * pairs))
+    heads = max(1, min(tile.heads, per_group, blocks * columns * rank * a.heads // _PROGRAMS))
     known = {
         "N": d_state,
         "ANGLES": a.angle.shape[-1],
         "RANK": rank,
         "HALVES": a.halves,
-        "ROWS": _ROWS,
+        "ROWS": tile.rows,
         "PAIRS": pairs,
+        "num_warps": tile.warps,
     }
     grid = blocks, groups * rank * columns, -(-per_group // heads)
     return grid, known, (rows, a.heads, groups, per_group, heads)
@@ -118,14 +126,14 @@ def _fake(a: TurnArguments) -> tuple[Tensor, Tensor]:
 
 def _forward(a: TurnArguments) -> tuple[Tensor, Tensor]:
     to = _fake(a)
-    grid, known, counts = _sizes(a, _HEADS)
+    grid, known, counts = _sizes(a, _FORWARD)
     with portable.on(a.B):
         _kernels().turn[grid](*_aligned(*a[:5]), *to, *counts, **known)
     return to
 
 
 def _backward(a: TurnArguments, dB_to: Tensor, dC_to: Tensor) -> tuple[Tensor, ...]:
-    grid, known, counts = _sizes(a, _HEADS_BACKWARD)
+    grid, known, counts = _sizes(a, _BACKWARD)
     blocks, _, parts = grid
     rank, _, d_state = a.B.shape[-3:]
     device = a.B.device
