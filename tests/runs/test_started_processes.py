@@ -174,6 +174,7 @@ def failing_script() -> None:
     Path(f"told{os.environ['RANK']}.json").write_text(json_text(told))
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_train_one_run_or_refuse_it_once(tmp_path: Path) -> None:
     """A script has the same results in both, although the first one writes them."""
     (tmp_path / "c.yaml").write_text(CONFIG)

@@ -102,6 +102,7 @@ def begin(folder: Path, *more: str) -> tuple[RunFolder, list[str]]:
     return run, ["fit", "--allow-import=tiny", "--config", str(folder / "c.yaml"), "--out", str(run.path), *more]
 
 
+@pytest.mark.slow
 def test_they_save_and_validate_by_the_tokens_of_all(tmp_path: Path) -> None:
     """Also in a run that goes on, where each has counted what both have done."""
     often = ["--checkpoint.every_n_tokens=500", "--checkpoint.val_every_n_tokens=300", "--checkpoint.monitor="]
