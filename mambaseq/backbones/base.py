@@ -200,7 +200,7 @@ class Backbone(nn.Module, abc.ABC):
             self._check_states(state)
         if (part := parallel.current()) is not None and part.context.size > 1:
             y, states = self._run_part(part, x, state, cu_seqlens, return_state)
-        elif self.chunk_length is None or x.shape[1] <= self.chunk_length:
+        elif self.chunk_length is None or x.shape[1] <= self.chunk_length or not len(x):
             may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
             if may_replay and state is None and cu_seqlens is None:
                 replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x, self._parts)

@@ -226,6 +226,10 @@ class UNet(Backbone):
         bounds, n, handing_on = cu_seqlens, cu_seqlens.shape[0] - 1, relay.current()
         if pooled is not None and handing_on is None:
             pool.check(pooled, n, x.device)
+        if not batch * length:  # no part of split sequences, which has a position at least
+            new = pool.init_state(n, x.device) if pooled is None else pooled.clone()
+            below = self._states(tier.inner, n, None, None, x.device) if inner is None else [s.clone() for s in inner]
+            return x, x, new if return_state else None, below if return_state else []
         begun = None if pooled is None else Begun(pooled.begun, pooled.count)
         held = None if pooled is None else Held(pooled.held)
         at: Any = None
@@ -260,10 +264,10 @@ class UNet(Backbone):
             given, _, new_held = up(coarse[0], row, held, return_state)
             everyone = torch.arange(n, device=x.device)
             states = [state.select(everyone) for state in states] if return_state else []
-        new = None
+        after = None
         if new_begun is not None and new_held is not None:
-            new = PoolState(new_begun.begun, new_held.held, new_begun.count)
-        return row.view_as(x), given.view_as(x), new, states if return_state else []  # (batch, length, width) both
+            after = PoolState(new_begun.begun, new_held.held, new_begun.count)
+        return row.view_as(x), given.view_as(x), after, states if return_state else []  # (batch, length, width) both
 
     def init_state(
         self,

@@ -111,16 +111,18 @@ def check_future(part: Mixer | Backbone, width: int) -> None:
 
 @torch.no_grad()
 def check_given_state(part: Mixer | Backbone, width: int) -> None:
-    """`forward` never changes the given state, and forks are independent. Raises LawBroken."""
+    """`forward` never changes the given state, nor do steps from the one that it returned, be it after no position, and
+    forks are independent. Raises LawBroken."""
     _, state = part(torch.randn(1, 9, width), return_state=True)
     before = copy.deepcopy(state)
-    for length in (1, 5):
-        part(torch.randn(1, length, width), state=state, return_state=True)
+    for length in (0, 1, 5):
+        _, after = part(torch.randn(1, length, width), state=state, return_state=True)
+        part.step_(torch.randn(1, 1, width), after)
     fork: Any = [one.clone() for one in state] if isinstance(state, list) else state.clone()
     part.step_(torch.randn(1, 1, width), fork)
     for now, then in zip(tensors(state), tensors(before), strict=True):
         if not torch.equal(now, then):
-            raise LawBroken("states: forward, or a step of a copy, changed the given state.")
+            raise LawBroken("states: forward, or a step of what it returned or of a copy, changed the given state.")
     if tensors(state) and all(torch.equal(a, b) for a, b in zip(tensors(fork), tensors(state), strict=True)):
         raise LawBroken("states: step_ does not change its state in place.")
 

@@ -287,7 +287,7 @@ def _last(value: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Te
     n, length, wide = sequences.count(value, cu_seqlens), value.shape[1], working_dtype(value)
     before = value.new_zeros(n, *value.shape[2:], dtype=wide) if before is None else before.to(wide)
     if length == 0:
-        return before
+        return before.clone()
     if cu_seqlens is None:
         return value[:, -1].to(wide).contiguous()
     ends = cu_seqlens[1:].long()

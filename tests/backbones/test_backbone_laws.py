@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from backbones.stand_ins import Attends, TinyMLP
 
 from mambaseq.backbones.base import Backbone
+from mambaseq.checking.laws import check_given_state
 from mambaseq.domain import catalog
 from mambaseq.mixers.base import Mixer
 
@@ -152,19 +152,30 @@ def test_the_future_is_not_seen(make) -> None:
             assert difference[:, at].max() > 1e-3
 
 
+@pytest.mark.parametrize("make", BOUNDED)
+def test_nothing_in_gives_nothing_out(make) -> None:
+    backbone = make()
+    with torch.no_grad():
+        for batch, length in ((0, 5), (2, 0)):
+            _, state = backbone(torch.randn(batch, 9, D_MODEL), return_state=True)
+            for chunk_length in (None, 2):
+                backbone.chunk_length = chunk_length
+                for given in (None, state):
+                    y, after = backbone(torch.randn(batch, length, D_MODEL), state=given, return_state=True)
+                    assert y.shape == (batch, length, D_MODEL)
+                    same_states(backbone, after, backbone.init_state(batch) if given is None else state)
+                empty = torch.zeros(batch + 1, dtype=torch.int32)
+                y, after = backbone(torch.randn(1, 0, D_MODEL), state=state, cu_seqlens=empty, return_state=True)
+                assert y.shape == (1, 0, D_MODEL)
+                same_states(backbone, after, state)
+
+
 @pytest.mark.parametrize("make", CASES)
 def test_a_given_state_is_not_changed_and_forks_are_apart(make) -> None:
     backbone = make()
+    check_given_state(backbone, D_MODEL)
     with torch.no_grad():
         _, state = backbone(torch.randn(1, 9, D_MODEL), return_state=True)
-        before = copy.deepcopy(state)
-        for length in (1, 5):
-            backbone(torch.randn(1, length, D_MODEL), state=state, return_state=True)
-        fork = [one.clone() for one in state]
-        backbone.step_(torch.randn(1, 1, D_MODEL), fork)
-    for now, then in zip(state, before, strict=True):
-        for name, tensor in now.tensors().items():
-            assert torch.equal(tensor, getattr(then, name))
     for run in (backbone, lambda x, state: backbone.step_(x[:, :1], state)):
         with pytest.raises(ValueError, match="states, but was given"):
             run(torch.randn(1, 5, D_MODEL), state=state[:-1])

@@ -48,7 +48,7 @@ def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     angle = angle if a.before is None else angle + a.before[:, None]
     if angle.shape[1]:
         return angle, angle[:, -1]
-    return angle, angle.new_zeros(angle.shape[0], *angle.shape[2:]) if a.before is None else a.before
+    return angle, angle.new_zeros(angle.shape[0], *angle.shape[2:]) if a.before is None else a.before.clone()
 
 
 def _added_up_packed(a: AngleArguments, turn: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

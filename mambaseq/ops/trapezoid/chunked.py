@@ -66,7 +66,7 @@ def _run(given: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     if chunks.filled is not None:  # what entered has its second part, which nothing has called for in an empty sequence
         final = torch.where(chunks.filled, final, initial)
     elif length == 0:
-        final = initial
+        final = initial.clone()
     if given.reverse:
         y, final = y.flip(1), final if given.cu_seqlens is None else final.flip(0)
     return y.to(x.dtype), final
