@@ -40,6 +40,10 @@ class ConfigError(UserError):
     """A run's configuration cannot be used: an unknown name or key, or values that exclude each other."""
 
 
+class BackendError(ConfigError, ValueError):
+    """The backend that was asked for cannot run here, as one for GPUs in a model that is read where there is none."""
+
+
 @contextlib.contextmanager
 def under_key(
     key: str, settings: Mapping[str, object], file: str = "", kind: type[UserError] = UserError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambaseq.errors import shown
+from mambaseq.errors import BackendError, shown
 from mambaseq.ops.eager import wants_reference
 
 Result = tuple[Tensor, Tensor]
@@ -59,7 +59,8 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
     """Run the named backend, or the fastest that accepts the arguments; within `only_reference` the reference.
 
     Raises:
-        ValueError: there is no backend of that name, or it does not accept these arguments; says why.
+        BackendError: the backend of that name does not accept these arguments; says why. A ValueError, too.
+        ValueError: there is no backend of that name.
     """
     if wants_reference():
         backend = "reference"
@@ -70,7 +71,10 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
         if reason is None:
             return candidate.run(arguments)
         if backend is not None:
-            raise ValueError(f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}")
+            raise BackendError(
+                f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}. Leave backend out (null in "
+                "a configuration, or in a saved model's model.json) for the fastest that can."
+            )
     if backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, arguments))
         raise ValueError(f"{op.name}: no backend can run these arguments ({reasons})")

@@ -245,7 +245,7 @@ def _run(
         for told in filter(None, (data.splits_told(), lacks, classes_told(data), _left_out_told(data, folder))):
             print(f"{folder.path}: {told}", flush=True)
     with watch_processes(trainer):
-        return _trained(run, settings, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
+        return _trained(run, trainer, begins)._replace(facts=Facts.of(model, data, not begins))
 
 
 @contextlib.contextmanager
@@ -330,7 +330,7 @@ def _rest(run: Training, settings: RunConfig, trainer: lightning.Trainer) -> Out
     return Outcome("finished", run.finish(trainer, step))
 
 
-def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, begins: bool) -> Outcome:
+def _trained(run: Training, trainer: lightning.Trainer, begins: bool) -> Outcome:
     folder, checkpoints = run.folder, run.checkpoints
     try:
         with told_if_lost(trainer, folder.path, checkpoints), abandons_saving(trainer):
@@ -352,9 +352,7 @@ def _trained(run: Training, settings: RunConfig, trainer: lightning.Trainer, beg
     except UserError:
         raise
     except Exception as error:
-        asked = settings.settings["model"]["mixer"].get("backend")
-        refused = asked is not None and f"backend {shown(asked)}" in str(error)
-        if checkpoints.began and not refused:
+        if checkpoints.began:
             raise  # nobody's setting
         if not begins and not isinstance(error, MisconfigurationException):
             raise UserError(

@@ -15,6 +15,9 @@ import torch
 from agreement import Draw, poisoned_memory
 from torch import Tensor
 
+from mambaseq.errors import UserError
+from mambaseq.generation import generate
+from mambaseq.models import causal_lm
 from mambaseq.ops import OPS, causal_conv, dispatch, lti_scan, selective_scan
 from mambaseq.ops.cpu import flat, threads
 from mambaseq.ops.dispatch import Backend, Op, outputs_and_gradients
@@ -55,6 +58,13 @@ def large(batch: int = 3, length: int = 300, channels: int = 200) -> ScanArgumen
 def test_check_passes_on_this_machine(op: str) -> None:
     for name, error in dispatch.check(OPS[op]).items():
         assert isinstance(error, str) or error < 1e-5, name
+
+
+def test_a_backend_that_cannot_run_is_told_to_the_user_with_the_remedy() -> None:
+    """As of a model that was trained on a GPU and is read without one."""
+    model = causal_lm(5, 8, 1, "kda", backend="fla")
+    with pytest.raises(UserError, match=r"'fla' cannot run .*\. Leave backend out .* for the fastest that can\."):
+        generate(model, torch.zeros(1, 3, dtype=torch.long), 2)
 
 
 def test_check_sees_a_wrong_gradient() -> None:

@@ -30,7 +30,7 @@ def why_not(device_type: str) -> str | None:
     The answer is a constant to `torch.compile`, which need not trace the looking up of packages.
     """
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the kernels run on a GPU, x is on {device_type}"
+        return f"the kernels run on a GPU, the inputs are on {device_type}"
     return _missing()
 
 
