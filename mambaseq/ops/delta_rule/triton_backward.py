@@ -155,7 +155,7 @@ def gradients(
         entered = tl.load(states + of_state, mask=mask, other=0.0)
         dleft = tl.load(left + of_state, mask=mask, other=0.0)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
-        mask = (p < P)[:, None] & here[None, :]
+        mask = (p < P)[:, None] & (i < SIZE)[None, :]  # all: zeros stand beyond `count`
         u = tl.load(written + of_u, mask=mask, other=0.0)
         z = tl.load(errors + of_u, mask=mask, other=0.0)
         flow += tl.sum(entered.to(tl.float32) * dleft.to(tl.float32), axis=0)
@@ -199,7 +199,7 @@ def gradients(
         p = p0 + tl.arange(0, BLOCK_P)
         dys = _rows(dy, row, dy_row, p, here, P)
         of_u = which * (P * SIZE) + p[:, None] * SIZE + i[None, :]
-        mask = (p < P)[:, None] & here[None, :]
+        mask = (p < P)[:, None] & (i < SIZE)[None, :]  # all: zeros stand beyond `count`
         u, power = _kept(tl.load(written + of_u, mask=mask, other=0.0), dys)
         later += _dot(dys, u) * power
         earlier += _dot(tl.trans(u), tl.trans(dys)) * power
