@@ -153,6 +153,11 @@ def test_a_forward_pass_is_exported() -> None:
     program, more = export(model, (ids,), dynamic_shapes=sizes), torch.randint(0, 13, (3, 40))
     assert operators(program) == {"mambaseq.causal_conv_cpu.default", "mambaseq.selective_scan_cpu.default"}
     assert torch.equal(program.module()(more).logits, model(more).logits)
+    # chunks of time save memory in training; a graph has none
+    cut, usual = small(chunk_length=4).eval(), more[:, :4]
+    program = export(cut, (ids,), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(program(more).logits, cut(more).logits)
+    assert torch.equal(program(usual).logits, cut(usual).logits)
     # in PyTorch's operators alone; left padding is refused by the graph
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     with only_reference():

@@ -200,7 +200,7 @@ class Backbone(nn.Module, abc.ABC):
             self._check_states(state)
         if (part := parallel.current()) is not None and part.context.size > 1:
             y, states = self._run_part(part, x, state, cu_seqlens, return_state)
-        elif self.chunk_length is None or x.shape[1] <= self.chunk_length or not len(x):
+        elif self._runs_whole(x):
             may_replay = self.cuda_graph and not (self.checkpoint or return_state or torch.compiler.is_compiling())
             if may_replay and state is None and cu_seqlens is None:
                 replayed = self.graphs(self, lambda x: self._run(x, None, None, False)[0], x, self._parts)
@@ -222,6 +222,12 @@ class Backbone(nn.Module, abc.ABC):
                 graphs=self._graphs_of_chunks(),
             )
         return (y, states) if return_state else y
+
+    def _runs_whole(self, x: Tensor) -> bool:
+        """Whether x is run at once: a program that is exported has one graph for any length."""
+        if self.chunk_length is None or torch.compiler.is_exporting():
+            return True
+        return x.shape[1] <= self.chunk_length or x.shape[0] == 0
 
     def check_splits_time(self) -> None:
         """Raise ConfigError for a backbone or a mixer that cannot be given a part of a sequence."""

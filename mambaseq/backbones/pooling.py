@@ -138,11 +138,13 @@ class Pool(nn.Module):
     def shorten(self, x: Tensor) -> Tensor:
         """x `(batch, length, d_model)` fp32 to `(batch, length // pool, d_coarse)` fp32."""
         whole = x.shape[1] // self.pool
-        return self._apply_linear(self.down, x[:, : whole * self.pool].reshape(len(x), whole, self.pool * self.d_model))
+        return self._apply_linear(
+            self.down, x[:, : whole * self.pool].reshape(x.shape[0], whole, self.pool * self.d_model)
+        )
 
     def lengthen(self, y: Tensor, length: int) -> Tensor:
         """y `(batch, length // pool, d_coarse)` fp32 to `(batch, length, d_model)` fp32."""
-        fine = self._apply_linear(self.up, y).reshape(len(y), y.shape[1] * self.pool, self.d_model)
+        fine = self._apply_linear(self.up, y).reshape(y.shape[0], y.shape[1] * self.pool, self.d_model)
         return F.pad(fine, (0, 0, self.pool, 0))[:, :length]
 
     def shorten_packed(self, x: Tensor, state: Begun, at: Windows) -> Tensor:
@@ -177,8 +179,8 @@ class Pool(nn.Module):
         left = x.shape[1] - whole
         return PoolState(
             F.pad(x[:, whole:], (0, 0, 0, self.pool - 1 - left)),
-            y[:, -1] if whole else y.new_zeros(len(x), self.d_coarse),
-            torch.full((len(x),), left, device=x.device),
+            y[:, -1] if whole else y.new_zeros(x.shape[0], self.d_coarse),
+            torch.full((x.shape[0],), left, device=x.device),
         )
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> PoolState:

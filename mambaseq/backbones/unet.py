@@ -192,7 +192,7 @@ class UNet(Backbone):
             if coarse.shape[1]:
                 coarse, inner = self._tier(tier.inner, coarse, None, None, return_state)
             elif return_state:
-                inner = self._states(tier.inner, len(x), None, None, x.device)
+                inner = self._states(tier.inner, x.shape[0], None, None, x.device)
             given = tier.pool.lengthen(coarse, x.shape[1])
             pooled = tier.pool.final_state(x, coarse) if return_state else None
         else:
@@ -237,7 +237,7 @@ class UNet(Backbone):
         def down(_: Any, row: Tensor, state: Begun | None, wanted: bool) -> tuple[Tensor, Tensor, Begun | None]:
             nonlocal at
             state = pool.init_begun(n, device=x.device) if state is None else state
-            at = windows(bounds, len(row), state.count, pool.pool)
+            at = windows(bounds, row.shape[0], state.count, pool.pool)
             coarse = pool.shorten_packed(row, state, at)  # (at.length, d_coarse)
             return coarse, row, pool.next_begun(row, state, at) if wanted else None
 

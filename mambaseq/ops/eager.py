@@ -43,6 +43,11 @@ def has_kernels() -> bool:
     return not (_only_reference or torch.compiler.is_compiling())
 
 
+def is_exporting() -> bool:
+    """Whether a graph is made that is to serve other inputs, by operators of ours (see `operators.exported`)."""
+    return torch.compiler.is_exporting() and not _only_reference
+
+
 def is_eager(*values: Any) -> bool:
     """Whether plain tensors are computed with, which nobody watches: no compiler, no tensors without numbers."""
     return has_kernels() and all(type(value) in (Tensor, Parameter) for value in values if isinstance(value, Tensor))

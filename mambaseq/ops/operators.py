@@ -154,6 +154,48 @@ def register(op: Operator) -> Callable[[Any], Any]:
     return run
 
 
+def exported(
+    name: str, arguments: Any, schema: str, run: Callable[[Any], tuple[Tensor, ...]], fake: Callable[..., Any]
+) -> Callable[[Any], Any]:
+    """What runs an op in plain PyTorch as `mambaseq::{name}` while a model is exported.
+
+    The loops of such an op depend on the length; in a graph they would tie it to lengths like the one that it was made
+    with. run: `(a)` → tensors; with gradients, for it is run again in the backward pass. arguments, schema, fake: as
+    those of an `Operator`.
+    """
+
+    def forward(*values: Any) -> Any:
+        return tuple(found.clone(memory_format=torch.contiguous_format) for found in run(arguments(*values)))
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.plain = [None if isinstance(v, Tensor) else v for v in inputs]
+        ctx.places = [place for place, v in enumerate(inputs) if isinstance(v, Tensor)]
+        ctx.save_for_backward(*(inputs[place] for place in ctx.places))
+
+    def backward(ctx: Any, *doutputs: Tensor) -> tuple[Tensor | None, ...]:
+        inputs: list[Any] = list(ctx.plain)
+        for place, saved in zip(ctx.places, ctx.saved_tensors, strict=True):
+            inputs[place] = saved.detach().requires_grad_(ctx.needs_input_grad[place])
+        wanted = [place for place in ctx.places if ctx.needs_input_grad[place]]
+        with torch.enable_grad():
+            outputs = run(arguments(*inputs))
+        known = [(y, dy) for y, dy in zip(outputs, doutputs, strict=True) if y.requires_grad]
+        ys, dys = zip(*known, strict=True)
+        found: list[Tensor | None] = [None] * len(inputs)
+        for place, d in zip(
+            wanted, torch.autograd.grad(ys, [inputs[place] for place in wanted], dys, allow_unused=True), strict=True
+        ):
+            found[place] = d
+        return tuple(found)
+
+    op = torch.library.custom_op(
+        f"mambaseq::{name}", forward, mutates_args=(), schema=f"({schema}) -> (Tensor, Tensor)"
+    )
+    op.register_fake(lambda *values: fake(arguments(*values)))
+    op.register_autograd(backward, setup_context=remember)
+    return lambda a: op(*a)
+
+
 def _alone(found: tuple[Tensor, ...]) -> Any:
     """What an operator of PyTorch returns: a single tensor as it is."""
     return found if len(found) > 1 else found[0]

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from mixers.variants import CASES, COMPILED
+from torch.export import Dim, export
 
 from mambaseq.checking.laws import check_future, check_given_state, check_ways_to_run, close, tensors
 from mambaseq.domain import catalog
@@ -181,6 +182,24 @@ def test_compiled_equals_eager(name: str, options: dict) -> None:
         strict=True,
     ):
         close(one, other, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if str(case.id).endswith("-0")])
+def test_exported_it_serves_any_batch_and_length(name: str, options: dict) -> None:
+    """Outputs, states and gradients; what loops over time is one operator of ours."""
+    mixer, dynamic = make(name, options), {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    shapes = {"x": dynamic, "return_state": None}
+    program = export(mixer, (torch.randn(2, 9, D_MODEL),), {"return_state": True}, dynamic_shapes=shapes).module()
+    for batch, length in ((1, 150), (3, 2)):
+        x = torch.randn(batch, length, D_MODEL)
+        found = []
+        for run, parameters in ((mixer, mixer.parameters()), (program, program.parameters())):
+            y, state = run(x, return_state=True)
+            ends = [t for t in tensors(state) if t.requires_grad]
+            loss = y.square().sum() + sum(t.abs().square().sum() for t in ends)
+            found.append([y, *tensors(state), *torch.autograd.grad(loss, list(parameters))])
+        for one, other in zip(*found, strict=True):
+            close(one, other, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)

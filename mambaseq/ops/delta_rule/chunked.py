@@ -24,10 +24,19 @@ from torch import Tensor
 from mambaseq.ops.chunks import FORGOTTEN, Chunks, forward_in_time, sums
 from mambaseq.ops.delta_rule.arguments import DeltaArguments
 from mambaseq.ops.dtypes import without_autocast, working_dtype
+from mambaseq.ops.eager import is_exporting
+from mambaseq.ops.operators import exported
 
 
 def run(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of v, and the final state."""
+    if is_exporting():
+        y, final = _exported(arguments)
+        return y, final
+    return _in_full(arguments)
+
+
+def _in_full(arguments: DeltaArguments) -> tuple[Tensor, Tensor]:
     with without_autocast(arguments.v.device.type):
         return _run(arguments)
 
@@ -103,3 +112,18 @@ def _products(left: Tensor, right: Tensor, total: Tensor) -> Tensor:
     old = right[..., 0, :, :] * (middle - total[..., 0, :, :]).to(left.dtype).exp()
     low = new @ old.mT
     return torch.cat([F.pad(early, (0, n // 2)), torch.cat([low, late], dim=-1)], dim=-2)
+
+
+def _fake(a: DeltaArguments) -> tuple[Tensor, Tensor]:
+    final = a.v.new_empty((a.n_sequences, *a.v.shape[2:], a.k.shape[3]), dtype=working_dtype(a.v))
+    return a.v.new_empty(a.v.shape), final
+
+
+_exported = exported(
+    "delta_rule_torch",
+    DeltaArguments,
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, "
+    "bool wants_final_state, int chunk_size",
+    _in_full,
+    _fake,
+)

@@ -24,6 +24,8 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast, working_dtype
+from mambaseq.ops.eager import is_exporting
+from mambaseq.ops.operators import exported
 from mambaseq.ops.ssd.arguments import SsdArguments
 
 # chunks whose states are passed on by one matrix product
@@ -44,6 +46,13 @@ class _Layout(NamedTuple):
 
 def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state."""
+    if is_exporting():
+        y, final = _exported(arguments)
+        return y, final
+    return _in_full(arguments)
+
+
+def _in_full(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     with without_autocast(arguments.x.device.type):
         return _run(arguments)
 
@@ -222,3 +231,18 @@ def _forward_in_time(arguments: SsdArguments) -> SsdArguments:
     return arguments._replace(
         cu_seqlens=sequences.flipped(arguments.cu_seqlens), initial_state=None if state is None else state.flip(0)
     )
+
+
+def _fake(a: SsdArguments) -> tuple[Tensor, Tensor]:
+    final = a.x.new_empty((a.n_sequences, *a.x.shape[2:], a.B.shape[3]), dtype=working_dtype(a.x))
+    return a.x.new_empty(a.x.shape), final
+
+
+_exported = exported(
+    "ssd_torch",
+    SsdArguments,
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? initial_state, Tensor? cu_seqlens, bool reverse, bool wants_final_state, int chunk_size",
+    _in_full,
+    _fake,
+)

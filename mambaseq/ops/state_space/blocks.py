@@ -21,6 +21,8 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast
+from mambaseq.ops.eager import is_exporting
+from mambaseq.ops.operators import exported
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
 # Steps of a block at the most: a step costs T + 2 d_state multiplications, a block d_state numbers of memory.
@@ -50,6 +52,13 @@ class _Layout(NamedTuple):
 
 def run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     """y and the final state, in the working precision."""
+    if is_exporting():
+        y, final = _exported(arguments)
+        return y, final
+    return _in_full(arguments)
+
+
+def _in_full(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     # Autocast would round states and powers to half precision in the matrix products.
     with without_autocast(arguments.x.device.type):
         return _run(arguments)
@@ -192,3 +201,18 @@ def _final(signal: Tensor, before: Tensor, initial: Tensor | None, tables: _Tabl
     rows = tail.permute(2, 0, 1).reshape(state.shape[0], -1, steps)  # (systems, channels of each * sequences, steps)
     state = state + (rows @ tables.summed).view(state.shape)  # (systems, channels of each, sequences, d_state)
     return torch.where(layout.rest > 0, state, 0 if initial is None else initial)
+
+
+def _fake(a: StateSpaceArguments) -> tuple[Tensor, Tensor]:
+    _, outputs, d_state = a.C.shape
+    final = (a.n_sequences, a.x.shape[2], d_state) if a.wants_final_state else (0,)
+    return a.x.new_empty((*a.x.shape, outputs), dtype=a.dtype), a.x.new_empty(final, dtype=a.dtype)
+
+
+_exported = exported(
+    "state_space_scan_torch",
+    StateSpaceArguments,
+    "Tensor x, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool wants_final_state",
+    _in_full,
+    _fake,
+)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import sums
-from mambaseq.ops.eager import wants_reference
+from mambaseq.ops.eager import is_exporting, wants_reference
 from mambaseq.ops.gpu import portable
-from mambaseq.ops.operators import Operator, register
+from mambaseq.ops.operators import Operator, exported, register
 
 _ROWS = 32  # positions of a piece
 _PROGRAMS = 2048  # wanted before one takes the gradients of several heads
@@ -41,6 +41,13 @@ def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     heads, n_angles)` float64. The first are float64, on a GPU by kernels float32, whole turns taken off."""
     if a.values.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
+    if is_exporting():
+        angle, last = _exported(a)
+        return angle, last
+    return _added_up(a)
+
+
+def _added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     turn = turns(a.values, a.dt)
     if a.cu_seqlens is not None:
         return _added_up_packed(a, turn, a.cu_seqlens)
@@ -178,11 +185,19 @@ def _kernels() -> Any:
     return importlib.import_module("mambaseq.ops.trapezoid.angle_kernels")
 
 
+_SCHEMA = "Tensor values, Tensor dt, Tensor? before, Tensor? cu_seqlens"
+_exported = exported(
+    "mamba3_angles_torch",
+    AngleArguments,
+    _SCHEMA,
+    _added_up,
+    lambda a: tuple(found.double() for found in _fake(a)),
+)
 _run = register(
     Operator(
         "mamba3_angles",
         AngleArguments,
-        "Tensor values, Tensor dt, Tensor? before, Tensor? cu_seqlens",
+        _SCHEMA,
         ("values", "dt", "before"),
         _forward,
         _backward,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mambaseq.ops.chunks import FORGOTTEN, Chunks, forward_in_time, sums
 from mambaseq.ops.dtypes import without_autocast, working_dtype
+from mambaseq.ops.eager import is_exporting
+from mambaseq.ops.operators import exported
 from mambaseq.ops.trapezoid.arguments import TrapezoidArguments
 
 OVER_TIME = ("x", "dt", "A", "trap", "B", "C")
@@ -24,6 +26,13 @@ OF_SEQUENCES = ("initial_state", "initial_x", "initial_B")
 
 def run(arguments: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state."""
+    if is_exporting():
+        y, final = _exported(arguments)
+        return y, final
+    return _in_full(arguments)
+
+
+def _in_full(arguments: TrapezoidArguments) -> tuple[Tensor, Tensor]:
     with without_autocast(arguments.x.device.type):
         return _run(arguments)
 
@@ -96,3 +105,18 @@ def first_entered(arguments: TrapezoidArguments, initial: Tensor, old: Tensor) -
         first = old[0].index_select(0, bounds[:-1].long().clamp(max=length - 1))
     before = arguments.initial_x.to(old.dtype).mT @ arguments.initial_B.to(old.dtype)
     return initial + first[..., None, None] * before
+
+
+def _fake(a: TrapezoidArguments) -> tuple[Tensor, Tensor]:
+    final = a.x.new_empty((a.n_sequences, a.x.shape[2], a.x.shape[4], a.B.shape[4]), dtype=working_dtype(a.x))
+    return a.x.new_empty(a.x.shape), final
+
+
+_exported = exported(
+    "trapezoidal_scan_torch",
+    TrapezoidArguments,
+    "Tensor x, Tensor dt, Tensor A, Tensor trap, Tensor B, Tensor C, Tensor? initial_state, Tensor? initial_x, "
+    "Tensor? initial_B, Tensor? cu_seqlens, bool reverse, bool wants_final_state, int chunk_size",
+    _in_full,
+    _fake,
+)
