@@ -7,7 +7,8 @@
     torch, mambaseq      versions
     date                 of the run's end, ISO 8601, UTC
     rows                 a list of objects, one for each contender and shape:
-        op               what was measured: "selective_scan", "scan, attention, convolution", "block", "train step", ...
+        op               what was measured: "selective_scan", "delta_rule, kda" (an op as a mixer asks for it), "scan,
+                         attention, convolution", "block", "train step", "train step of gla", ...
         shape            names to integers: batch, length, channels, ...
         contender        "mambaseq" or the peer
         backend          what ran inside it, "" if there is no choice
@@ -19,6 +20,7 @@
                          step_ms, prefill_ms, total_ms; host_ms: how long the host is busy with a call of both
         *_mib, *_gib     most memory allocated at a time, beyond what was allocated before
         *tokens_per_s    throughput
+        parameters       of train: how many the model has
         floor_*          of decode: what the device could do at best (see `decode` and `floors`); *_of_floor_percent:
                          how near the row is to it
     ratios               a list of objects: op, shape, peer, value (the key in the rows), ratio; above 1 mambaseq is

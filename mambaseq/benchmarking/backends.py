@@ -10,29 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambaseq.benchmarking.inputs import MAKERS, normal_of
 from mambaseq.benchmarking.timing import Attempt, attempt, measure
 from mambaseq.mixers.mamba import Mamba
 from mambaseq.ops.blocks.mamba import why_not as why_not_whole
-from mambaseq.ops.causal_conv.arguments import ConvArguments
-from mambaseq.ops.decays.arguments import DecayArguments
-from mambaseq.ops.delta_rule import DeltaArguments
 from mambaseq.ops.dispatch import Op, leaves, relative_rms_error
-from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
-from mambaseq.ops.lti.arguments import LtiArguments
-from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments, UnitNormArguments
-from mambaseq.ops.selective_scan.arguments import ScanArguments
-from mambaseq.ops.ssd.arguments import SsdArguments
-from mambaseq.ops.state_space.arguments import StateSpaceArguments
-from mambaseq.ops.trapezoid import TrapezoidArguments
-from mambaseq.ops.wkv.arguments import WkvArguments
 
 # batch, length, channels: definitions loop over the length, so it is not long
 SIZES = {"cuda": (4, 1024, 1024), "cpu": (1, 128, 128)}
-VOCABULARY = {"cuda": 16384, "cpu": 1000}
-D_STATE = 16
-HEAD_DIM = 64
-
-Normal = Callable[..., Tensor]
 
 
 def speeds(op: Op, device: torch.device, in_half: bool = False) -> tuple[str, dict[str, Attempt]]:
@@ -103,130 +88,7 @@ def _run(block: Mamba, x: Tensor, cotangent: Tensor) -> list[Tensor]:
 def moderate(op: Op, device: torch.device) -> tuple[str, Any]:
     """Arguments that take about a millisecond, in float32; the op's own small sample if none are known here."""
     batch, length, channels = SIZES.get(device.type, SIZES["cpu"])
-    make = _MAKERS.get(op.name)
+    make = MAKERS.get(op.name)
     if make is None:
         return next(iter(op.samples(device)))
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    return f"{batch} x {length} x {channels}", make(normal, batch, length, channels)
-
-
-def _scan(normal: Normal, batch: int, length: int, channels: int) -> ScanArguments:
-    return ScanArguments(
-        x=normal(batch, length, channels),
-        dt=normal(batch, length, channels),
-        A=-normal(channels, D_STATE).abs(),
-        B=normal(batch, length, D_STATE),
-        C=normal(batch, length, D_STATE),
-        D=normal(channels),
-        z=normal(batch, length, channels),
-        dt_bias=normal(channels) - 4,
-        dt_softplus=True,
-        wants_final_state=False,
-    )
-
-
-def _conv(normal: Normal, batch: int, length: int, channels: int) -> ConvArguments:
-    return ConvArguments(normal(batch, length, channels), normal(channels, 4), normal(channels), "silu")
-
-
-def _lti(normal: Normal, batch: int, length: int, channels: int) -> LtiArguments:
-    decay = -0.1 * normal(channels, D_STATE).abs()
-    return LtiArguments(normal(batch, length, channels), decay, normal(channels, D_STATE), normal(channels, D_STATE))
-
-
-def _state_space(normal: Normal, batch: int, length: int, channels: int) -> StateSpaceArguments:
-    A = 0.4 * D_STATE**-0.5 * normal(channels, D_STATE, D_STATE)
-    C = normal(channels, 1, D_STATE)
-    return StateSpaceArguments(normal(batch, length, channels), A, normal(channels, D_STATE), C)
-
-
-def _ssd(normal: Normal, batch: int, length: int, channels: int) -> SsdArguments:
-    heads = channels // HEAD_DIM
-    return SsdArguments(
-        x=normal(batch, length, heads, HEAD_DIM),
-        dt=normal(batch, length, heads),
-        A=-normal(heads).abs(),
-        B=normal(batch, length, 1, HEAD_DIM),
-        C=normal(batch, length, 1, HEAD_DIM),
-        D=normal(heads),
-        dt_bias=normal(heads) - 4,
-        dt_softplus=True,
-        wants_final_state=False,
-    )
-
-
-def _wkv(normal: Normal, batch: int, length: int, channels: int) -> WkvArguments:
-    k, v = normal(batch, length, channels), normal(batch, length, channels)
-    return WkvArguments(k, v, normal(channels).abs(), normal(channels))
-
-
-def _delta(normal: Normal, batch: int, length: int, channels: int) -> DeltaArguments:
-    heads = channels // HEAD_DIM
-    size = (batch, length, heads, HEAD_DIM)
-    return DeltaArguments(
-        q=normal(*size),
-        k=torch.nn.functional.normalize(normal(*size), dim=-1),
-        v=normal(*size),
-        g=-0.1 * normal(batch, length, heads).abs(),
-        beta=normal(batch, length, heads).sigmoid(),
-        wants_final_state=False,
-    )
-
-
-def _trapezoid(normal: Normal, batch: int, length: int, channels: int) -> TrapezoidArguments:
-    heads = channels // HEAD_DIM
-    one, size = (batch, length, heads), (batch, length, heads, 1, HEAD_DIM)
-    return TrapezoidArguments(
-        x=normal(*size),
-        dt=0.1 * normal(*one).abs(),
-        A=-normal(*one).abs(),
-        trap=normal(*one).sigmoid(),
-        B=normal(*size),
-        C=normal(*size),
-        wants_final_state=False,
-    )
-
-
-def _add_norm(normal: Normal, batch: int, length: int, channels: int) -> AddNormArguments:
-    x, residual = normal(batch, length, channels), normal(batch, length, channels)
-    return AddNormArguments(x, residual, normal(channels))
-
-
-def _gated_norm(normal: Normal, batch: int, length: int, channels: int) -> GatedNormArguments:
-    return GatedNormArguments(normal(batch, length, channels), normal(batch, length, channels), normal(channels))
-
-
-def _unit_norm(normal: Normal, batch: int, length: int, channels: int) -> UnitNormArguments:
-    return UnitNormArguments(normal(batch, length, channels), HEAD_DIM)
-
-
-def _decays(normal: Normal, batch: int, length: int, channels: int) -> DecayArguments:
-    return DecayArguments(normal(batch, length, channels), normal(channels // HEAD_DIM), normal(channels))
-
-
-def _loss(normal: Normal, batch: int, length: int, channels: int) -> LossArguments:
-    hidden = normal(batch * length, channels)
-    vocabulary = VOCABULARY.get(hidden.device.type, VOCABULARY["cpu"])
-    labels = torch.arange(batch * length, device=hidden.device) % vocabulary
-    return LossArguments(hidden, normal(vocabulary, channels), labels)
-
-
-_MAKERS: dict[str, Callable[[Normal, int, int, int], Any]] = {
-    "selective_scan": _scan,
-    "causal_conv": _conv,
-    "lti_scan": _lti,
-    "state_space_scan": _state_space,
-    "ssd": _ssd,
-    "wkv": _wkv,
-    "delta_rule": _delta,
-    "trapezoidal_scan": _trapezoid,
-    "add_rms_norm": _add_norm,
-    "gated_rms_norm": _gated_norm,
-    "unit_norm": _unit_norm,
-    "log_decays": _decays,
-    "linear_cross_entropy": _loss,
-}
+    return f"{batch} x {length} x {channels}", make(normal_of(device), batch, length, channels)

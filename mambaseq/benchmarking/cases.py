@@ -13,7 +13,7 @@ from torch import Tensor
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import attempt, measure, peak_bytes, release
 from mambaseq.ops import OPS
-from mambaseq.ops.dispatch import PACKAGES, explain, relative_rms_error
+from mambaseq.ops.dispatch import PACKAGES, explain, leaf, relative_rms_error
 
 Pass = Literal["forward", "backward", "both"]
 
@@ -75,7 +75,7 @@ class Contender:
 class Case:
     """An op at a shape.
 
-    inputs: tensors by name; the floating-point ones get gradients.
+    inputs: tensors by name; real and complex ones get gradients.
     reference: the definition, `reference(**inputs)`, run in float64 on `part` of the inputs.
     part: a view of the inputs for the reference; its outputs depend on no other inputs. The contenders run at full
         size, and gradients of these outputs are compared.
@@ -135,10 +135,7 @@ class Results:
 
 def reference_results(case: Case) -> Results:
     """The reference in float64, with pseudo-random cotangents that bf16 represents exactly."""
-    leaves = {
-        name: part.double().requires_grad_() if part.is_floating_point() else part
-        for name, part in ((name, case.part(value.detach())) for name, value in case.inputs.items())
-    }
+    leaves = {name: leaf(case.part(value), double=True) for name, value in case.inputs.items()}
     outputs = _tuple(case.reference(**leaves))
     cotangents = []
     for index, output in enumerate(outputs):
@@ -211,10 +208,7 @@ def _backward_ms(
 
 
 def _leaves(case: Case, contender: Contender) -> dict[str, Tensor]:
-    return {
-        name: contender.layout(value.detach()).requires_grad_(value.is_floating_point())
-        for name, value in case.inputs.items()
-    }
+    return {name: leaf(contender.layout(value)) for name, value in case.inputs.items()}
 
 
 def _named(leaves: dict[str, Tensor], outputs: tuple[Tensor, ...], cotangents: list[Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`bench ops`: every op with kernels for a GPU, at the sizes of models, and the scan against attention and convolution.
+"""`bench ops`: every registered op at the sizes of models, and the scan against attention and convolution.
 
 bf16 on a GPU, fp32 on a CPU; each contender in its fastest layout.
 """
@@ -6,14 +6,14 @@ bf16 on a GPU, fp32 on a CPU; each contender in its fastest layout.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambaseq.benchmarking import by_length, peers
+from mambaseq.benchmarking import by_length, peers, registered
 from mambaseq.benchmarking.cases import (
     COLUMNS,
     Case,
@@ -26,15 +26,16 @@ from mambaseq.benchmarking.cases import (
     tolerance,
     training_dtype,
 )
-from mambaseq.benchmarking.dual import duals
 from mambaseq.benchmarking.long_scan import first_channels, long_scan
 from mambaseq.benchmarking.report import OURS, Report
+from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.ops import add_rms_norm, causal_conv, gated_rms_norm, linear_cross_entropy, selective_scan
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.linear_cross_entropy.arguments import LossArguments
 from mambaseq.ops.norm.arguments import AddNormArguments, GatedNormArguments
 from mambaseq.ops.selective_scan.arguments import ScanArguments
 
+BY_LENGTH = "by_length"  # the name of the last table
 D_STATE = 16
 # batch, channels, length
 SCANS = {
@@ -58,20 +59,34 @@ NORMS = {"full": (8, 2048, 768), "small": (4, 256, 128), "tiny": (2, 17, 12)}
 LOSSES = {"full": (16384, 768, 50280), "small": (512, 64, 2000), "tiny": (19, 8, 37)}
 
 
-def run(device: torch.device, scale: str, repeats: int) -> Report:
-    """Measure; prints as it goes."""
+def run(device: torch.device, scale: str, repeats: int, only: Sequence[str] = ()) -> Report:
+    """Measure; prints as it goes. only: names of ops, or of their variants ("kda"), or "by_length"; none for all.
+
+    Raises ConfigError for other names.
+    """
+    tables = [
+        (title, list(plans))
+        for title, plans in (
+            ("selective_scan (d_state 16, gate, softplus, D and dt's bias fused)", scans(device, scale)),
+            *((f"{timed.name} ({timed.what})", timed.plans(device, scale)) for timed in registered.ALL),
+            ("causal_conv (width 4, bias, SiLU)", convs(device, scale)),
+            ("add_rms_norm (onto a residual stream in fp32), gated_rms_norm", norms(device, scale)),
+            ("linear_cross_entropy", losses(device, scale)),
+        )
+    ]
+    names = [*dict.fromkeys(name for _, plans in tables for plan in plans for name in plan.op.split(", ")), BY_LENGTH]
+    if unknown := [name for name in only if name not in names]:
+        hint = did_you_mean(unknown[0], names)
+        raise ConfigError(f"--only: no op is called {shown(unknown[0])}.{hint} Known: {', '.join(names)}.")
     report = Report("ops", device, scale, COLUMNS)
-    for title, cases in (
-        ("selective_scan (d_state 16, gate, softplus, D and dt's bias fused)", scans(device, scale)),
-        ("ssd (softplus, D and dt's bias fused)", duals(device, scale)),
-        ("causal_conv (width 4, bias, SiLU)", convs(device, scale)),
-        ("add_rms_norm (onto a residual stream in fp32), gated_rms_norm", norms(device, scale)),
-        ("linear_cross_entropy", losses(device, scale)),
-    ):
-        report.head(title)
-        for plan in cases:
+    for title, plans in tables:
+        wanted = [plan for plan in plans if not only or set(only) & set(plan.op.split(", "))]
+        if wanted:
+            report.head(title)
+        for plan in wanted:
             compare(plan, report, repeats)
-    by_length.run(report, repeats)
+    if not only or BY_LENGTH in only:
+        by_length.run(report, repeats)
     return report
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mambaseq.benchmarking import by_length
-from mambaseq.benchmarking.report import OURS, Column, Report, Row
+from mambaseq.benchmarking.report import OURS, Column, Ratio, Report, Row
 
 _COLOURS = {OURS: "#1f5fa8"}
 _PEERS = ("#d9822b", "#6b8e4e", "#8a5a9e", "#7f7f7f")
@@ -38,9 +38,12 @@ def draw(report: Report) -> Figure:
 
 
 def _draw_ops(report: Report) -> Figure:
-    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
+    ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
+    groups = list(dict.fromkeys(_group(ratio) for ratio in ratios))
+    figure = Figure(figsize=(max(13, 0.6 * len(groups)), 8.5), layout="constrained")
     panels = figure.subplot_mosaic([["ratios", "ratios"], ["forward_ms", "both_ms"]])
-    _ratios(panels["ratios"], report)
+    _ratios(panels["ratios"], ratios, groups, shown)
     for key, title in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
         axes = panels[key]
         _lines(axes, [row for row in report.rows if row.op == by_length.OP], key, "length")
@@ -55,20 +58,21 @@ def _title(report: Report) -> str:
     return f"mambaseq bench {report.bench}, {report.hardware}"
 
 
-def _ratios(axes: Any, report: Report) -> None:
-    """The ratio to each peer: forward, backward, and both."""
-    shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
-    ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
-    groups = list(dict.fromkeys((r.op, tuple(r.shape.values()), r.peer) for r in ratios if r.shape is not None))
+_Group = tuple[str, tuple[int, ...], str]  # op, sizes and peer: what stands side by side
+
+
+def _group(ratio: Ratio) -> _Group:
+    return ratio.op, tuple((ratio.shape or {}).values()), ratio.peer
+
+
+def _ratios(axes: Any, ratios: list[Ratio], groups: list[_Group], shown: dict[str, str]) -> None:
+    """The ratio to each peer: forward, backward, and both. shown: names of these by their keys."""
     for offset, (value, name) in zip((-0.27, 0, 0.27), shown.items(), strict=True):
-        points = [
-            (groups.index((r.op, tuple(r.shape.values()), r.peer)) + offset, r.ratio)
-            for r in ratios
-            if r.value == value and r.shape is not None
-        ]
+        points = [(groups.index(_group(r)) + offset, r.ratio) for r in ratios if r.value == value]
         if points:
             bars = axes.bar(*zip(*points, strict=True), width=0.25, label=name)
-            axes.bar_label(bars, fmt="%.2g", fontsize=7)
+            axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.2g}" if ratio < 99 else f"{ratio:,.0f}", fontsize=7)
+    axes.set_yscale("log")
     axes.axhline(1, color="black", lw=0.8)
     names = [f"{op}, {' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
     axes.set_xticks(range(len(groups)), names, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")

@@ -63,7 +63,7 @@ class Ratio:
     over: str = ""
 
 
-_WHERE = 52  # characters for a row's shape
+_WHERE = 70  # characters for a row's shape
 
 
 def _width(column: Column) -> int:

@@ -31,13 +31,14 @@ def run(
     picture: Path | None = None,
     **options: Any,
 ) -> int:
-    """Run the benchmark of this name. options: those of `decode.Options`, for decode alone.
+    """Run the benchmark of this name. options: those of `decode.Options` for decode, of their own for ops and train.
 
     Returns 1 if a result was wrong or ours did not run, otherwise 0.
     """
     with on(device):
-        given = (decode.Options(path=json, **options),) if bench == "decode" else ()
-        report = _BENCHES[bench](device, scale, repeats, *given)
+        if bench == "decode":
+            options = {"options": decode.Options(path=json, **options)}
+        report = _BENCHES[bench](device, scale, repeats, **options)
     report.summary()
     if json is not None:
         report.write(json)

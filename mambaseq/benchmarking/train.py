@@ -1,4 +1,5 @@
-"""`bench train`: AdamW steps of a language model, next to mamba-ssm's with the same weights and a Transformer.
+"""`bench train`: AdamW steps of a language model of any mixer, next to a Transformer and, if that is Mamba, to
+mamba-ssm's with the same weights.
 
 bf16 autocast on a GPU, fp32 weights; ours computes the loss without making the logits, the others from logits.
 """
@@ -20,6 +21,7 @@ from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import measure, peak_bytes, release
 from mambaseq.benchmarking.transformer import Transformer
 from mambaseq.checkpoints.upstream import to_upstream
+from mambaseq.domain import catalog
 from mambaseq.models import causal_lm
 
 OP = "train step"
@@ -27,11 +29,13 @@ COLUMNS = (
     Column("step_ms", "step ms", 1, compared=False),
     Column("tokens_per_s", "tokens/s", 0, more_is_better=True),
     Column("peak_gib", "peak GiB", 2),
+    Column("parameters", "parameters", 0, compared=False),
 )
 
 
 class Sizes(NamedTuple):
-    """Sizes of the models. vocab_size is a multiple of 8, as mamba-ssm pads it (50,277 tokens)."""
+    """Sizes of the models. n_layers of a mixer alone; of one that an MLP follows half as many, which have about as many
+    parameters. vocab_size is a multiple of 8, as mamba-ssm pads it (50,277 tokens)."""
 
     d_model: int
     n_layers: int
@@ -56,58 +60,70 @@ LOSS_TOLERANCE = 1e-2
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def run(device: torch.device, scale: str, repeats: int) -> Report:
-    """Measure; prints as it goes."""
+def run(device: torch.device, scale: str, repeats: int, mixer: str = "mamba") -> Report:
+    """Measure; prints as it goes. mixer: the registered name of our model's.
+
+    Raises ConfigError if there is none of that name.
+    """
     sizes = SIZES[scale]
+    if catalog()["mixers"].get(mixer, "--mixer").companion is not None:
+        sizes = sizes._replace(n_layers=max(1, sizes.n_layers // 2))
     report = Report("train", device, scale, COLUMNS)
     report.head(
-        f"train step with AdamW: {sizes.n_layers} Mamba layers of {sizes.d_model}, vocabulary {sizes.vocab_size}"
+        f"train step with AdamW: {sizes.n_layers} layers of {mixer}, width {sizes.d_model}, vocabulary "
+        f"{sizes.vocab_size}"
     )
+    op = OP if mixer == "mamba" else f"{OP} of {mixer}"
     module, absent = peers.find("mamba_ssm", device)
+    if mixer != "mamba":
+        module, absent = None, "its models are compared with those of the mixer mamba"
     for batch, length in sizes.shapes:
         shape = {"batch": batch, "length": length}
         generator = torch.Generator(device).manual_seed(1)
         tokens = torch.randint(sizes.vocab_size, (batch, length + 1), generator=generator, device=device)
         ours = report.attempted(
-            OP,
+            op,
             shape,
             OURS,
-            lambda t=tokens: _row(OURS, t, lambda: _mamba(sizes, device), _our_loss, repeats),  # type: ignore[misc]
+            lambda t=tokens: _row(op, OURS, t, lambda: _ours(sizes, device, mixer), _our_loss, repeats),  # type: ignore[misc]
         )
         release()
         if device.type == "cuda":
             report.attempted(
-                OP,
+                op,
                 shape,
                 UNGRAPHED,
                 lambda t=tokens, like=ours: _row(  # type: ignore[misc]
-                    UNGRAPHED, t, lambda: _mamba(sizes, device, cuda_graph=False), _our_loss, repeats, like
+                    op, UNGRAPHED, t, lambda: _ours(sizes, device, mixer, cuda_graph=False), _our_loss, repeats, like
                 ),
             )
             release()
         if module is None:
-            report.add(Row(OP, shape, "mamba-ssm", status="absent", note=absent))
+            report.add(Row(op, shape, "mamba-ssm", status="absent", note=absent))
         else:
             report.attempted(
-                OP,
+                op,
                 shape,
                 "mamba-ssm",
                 lambda t=tokens, like=ours: _row(  # type: ignore[misc]
-                    "mamba-ssm", t, lambda: _mamba_ssm(module, sizes, device), _loss_of_logits, repeats, like
+                    op, "mamba-ssm", t, lambda: _mamba_ssm(module, sizes, device), _loss_of_logits, repeats, like
                 ),
             )
             release()
         report.attempted(
-            OP,
+            op,
             shape,
             "Transformer",
-            lambda t=tokens: _row("Transformer", t, lambda: _transformer(sizes, device), _transformer_loss, repeats),  # type: ignore[misc]
+            lambda t=tokens: _row(  # type: ignore[misc]
+                op, "Transformer", t, lambda: _transformer(sizes, device), _transformer_loss, repeats
+            ),
         )
         release()
     return report
 
 
 def _row(
+    op: str,
     contender: str,
     tokens: Tensor,
     make: Callable[[], nn.Module],
@@ -118,7 +134,7 @@ def _row(
     """Train on one batch `(batch, length + 1)`; the peak counts the model, its optimizer and everything."""
     device = tokens.device
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    row = Row(OP, {"batch": inputs.shape[0], "length": inputs.shape[1]}, contender)
+    row = Row(op, {"batch": inputs.shape[0], "length": inputs.shape[1]}, contender)
     timings: dict[str, float] = {}
 
     def work() -> None:
@@ -135,6 +151,7 @@ def _row(
 
         losses = [float(step()) for _ in range(STEPS)]
         row.values.update(first_loss=losses[0], last_loss=losses[-1])
+        row.values["parameters"] = sum(value.numel() for value in model.parameters())
         if all(map(math.isfinite, losses)) and losses[-1] < losses[0]:
             timings["ms"] = measure(step, device, repeats, budget_s=4.0, warm_up_s=None).ms
 
@@ -154,10 +171,10 @@ def _row(
     return row
 
 
-def _mamba(sizes: Sizes, device: torch.device, cuda_graph: CudaGraph = "auto") -> nn.Module:
+def _ours(sizes: Sizes, device: torch.device, mixer: str = "mamba", cuda_graph: CudaGraph = "auto") -> nn.Module:
     torch.manual_seed(0)
     with device:
-        return causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers, cuda_graph=cuda_graph)
+        return causal_lm(sizes.vocab_size, sizes.d_model, sizes.n_layers, mixer, cuda_graph=cuda_graph)
 
 
 def _mamba_ssm(module: Any, sizes: Sizes, device: torch.device) -> nn.Module:
@@ -166,7 +183,7 @@ def _mamba_ssm(module: Any, sizes: Sizes, device: torch.device) -> nn.Module:
         raise ImportError(absent)
     config = config_module.MambaConfig(d_model=sizes.d_model, n_layer=sizes.n_layers, vocab_size=sizes.vocab_size)
     model = module.MambaLMHeadModel(config, device=device)
-    model.load_state_dict(to_upstream(_mamba(sizes, device).state_dict()))
+    model.load_state_dict(to_upstream(_ours(sizes, device).state_dict()))
     return model
 
 

@@ -11,12 +11,14 @@ from mambaseq.importing import uncollected
 from mambaseq.outputs import check_picture
 
 BENCHES = {
-    "ops": "ops that peers have as well; the scan against attention and convolution by length",
+    "ops": "every op; the scan against attention and convolution by length",
     "block": "a Mamba block, forward and backward",
-    "train": "training steps of a language model, next to a Transformer of equal size",
+    "train": "training steps of a language model of any mixer, next to a Transformer of equal size",
     "decode": "generation throughput, next to peers and to a Transformer with a cache of keys and values",
 }
 SCALES = ("full", "small", "tiny")
+# those of some benchmarks alone
+OPTIONS = {"only": ("ops", "decode"), "mixer": ("train",), "kv_heads": ("decode",), "seconds": ("decode",)}
 
 
 def run(argv: list[str], command: str) -> int:
@@ -25,8 +27,8 @@ def run(argv: list[str], command: str) -> int:
         prog="mambaseq bench",
         usage="mambaseq bench {" + ",".join(BENCHES) + "} [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Measure speed and memory next to every installed peer (mamba-ssm, causal-conv1d: none is\n"
-        "needed). Results are checked first: a wrong one gets no time, and the exit code is 1.\n\n" + listing,
+        description="Measure speed and memory next to every installed peer (mamba-ssm, causal-conv1d, fla: none\n"
+        "is needed). Results are checked first: a wrong one gets no time, and the exit code is 1.\n\n" + listing,
     )
     parser.add_argument("bench", metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the GPU if there is one")
@@ -36,10 +38,12 @@ def run(argv: list[str], command: str) -> int:
     )
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write rows and ratios")
     parser.add_argument("--picture", type=Path, default=None, metavar="FILE.png", help="draw them")
-    decode = parser.add_argument_group("decode")
-    decode.add_argument(
-        "--only", metavar="NAMES", default=None, help='sizes and contenders, such as "1.4B,mambaseq,mamba-ssm"'
+    parser.add_argument(
+        "--only", metavar="NAMES", help='ops: "lti_scan,kda"; decode: sizes and contenders, "1.4B,mambaseq,mamba-ssm"'
     )
+    train = parser.add_argument_group("train")
+    train.add_argument("--mixer", metavar="NAME", help="of our model (see `mambaseq list mixers`; default mamba)")
+    decode = parser.add_argument_group("decode")
     decode.add_argument("--kv-heads", type=int, default=None, metavar="N", help="heads of the Transformer's keys")
     decode.add_argument("--seconds", type=float, default=None, help="begin no further row after so long")
     arguments = parser.parse_args(argv)
@@ -50,10 +54,11 @@ def run(argv: list[str], command: str) -> int:
         )
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, not {arguments.repeats}.")
-    given = {name: getattr(arguments, name) for name in ("only", "kv_heads", "seconds")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and arguments.bench != "decode":
-        raise ConfigError(f"--{next(iter(given)).replace('_', '-')} is for decode, not for {arguments.bench}.")
+    given = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    for name in given:
+        if arguments.bench not in OPTIONS[name]:
+            meant = " and ".join(OPTIONS[name])
+            raise ConfigError(f"--{name.replace('_', '-')} is for {meant}, not for {arguments.bench}.")
     if "only" in given:
         given["only"] = [name.strip() for name in given["only"].split(",") if name.strip()]
     check_picture(arguments.picture)

@@ -130,15 +130,17 @@ def check(op: Op, device: torch.device | str = "cpu") -> dict[str, float | str]:
 
 def leaves(arguments: Any, *, double: bool = False) -> Any:
     """The same arguments, every floating-point one a leaf that asks for a gradient, in float64 if `double`."""
+    return type(arguments)(*(leaf(value, double=double) for value in arguments))
 
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-            return value
-        if double:
-            value = value.to(torch.complex128 if value.is_complex() else torch.float64)
-        return value.detach().requires_grad_()
 
-    return type(arguments)(*(leaf(value) for value in arguments))
+def leaf(value: Any, *, double: bool = False) -> Any:
+    """A real or complex tensor as one that asks for a gradient, in float64 or complex128 if `double`; all else as it
+    is."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    if double:
+        value = value.to(torch.complex128 if value.is_complex() else torch.float64)
+    return value.detach().requires_grad_()
 
 
 def outputs_and_gradients(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mambaseq.benchmarking import backends, by_length, ops
+from mambaseq.benchmarking import backends, by_length, ops, registered
 from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, output_of, reference_results
 from mambaseq.benchmarking.decode import CachedGeneration
 from mambaseq.benchmarking.long_scan import long_scan
@@ -220,6 +220,58 @@ def test_what_goes_wrong_late_in_a_long_scan_is_seen(late: str) -> None:
     assert expected.values["dx"].shape == (1, case.shape["length"], 64)
     assert max(errors(case, mine, expected).values()) < 1e-5
     assert errors(case, Contender("late", wrong), expected)[late] > 1e-3
+
+
+def test_every_registered_op_is_timed() -> None:
+    """A new one needs a row of `registered.ALL`."""
+    made = (make(CPU, "tiny") for make in (ops.scans, ops.convs, ops.norms, ops.losses))
+    assert {plan.op for plans in made for plan in plans} | {timed.op for timed in registered.ALL} == set(OPS)
+
+
+def registered_case(name: str, scale: str) -> Case:
+    (timed,) = (timed for timed in registered.ALL if name in (timed.op, timed.variant))
+    *_, plan = timed.plans(CPU, scale)
+    return plan.make()
+
+
+@pytest.mark.parametrize("name", [timed.variant or timed.op for timed in registered.ALL])
+def test_a_part_of_a_registered_op_is_checked_as_the_whole_would_be(name: str) -> None:
+    case = registered_case(name, "tiny")
+    whole = dataclasses.replace(case, part=lambda tensor: tensor)
+    x = next(iter(case.inputs.values()))
+    assert (case.part(x).shape == x.shape) == (name in ("unit_norm", "log_decays"))
+    for some in (case, whole):
+        found = errors(some, case.contenders[0], reference_results(some))
+        assert set(found) == {"y", *(f"d{key}" for key in case.inputs)}
+        assert 0 < max(found.values()) < 1e-5
+
+
+def test_what_goes_wrong_late_in_a_registered_op_is_seen() -> None:
+    case = registered_case("wkv", "small")
+    assert case.shape["batch"] == 1
+    mine = case.contenders[0]
+
+    def late(**inputs: Tensor) -> Tensor:
+        y = mine.run(**inputs)
+        return torch.cat([y[:, :-100], 1.01 * y[:, -100:]], dim=1)
+
+    expected = reference_results(case)
+    assert max(errors(case, mine, expected).values()) < 1e-5
+    assert errors(case, Contender("late", late), expected)["y"] > 1e-3
+
+
+def test_gradients_of_complex_inputs_are_checked() -> None:
+    case = registered_case("lti_scan", "tiny")
+    assert case.inputs["C"].is_complex()
+    mine = case.contenders[0]
+
+    def half(**inputs: Tensor) -> Tensor:
+        C = inputs["C"]
+        return mine.run(**inputs | {"C": torch.complex(C.real, C.imag.detach())})
+
+    found = errors(case, Contender("half", half), reference_results(case))
+    assert found["dC"] > 0.1
+    assert found["y"] < 1e-5
 
 
 @pytest.mark.parametrize("make", [by_length.scan, by_length.attention, by_length.convolution])

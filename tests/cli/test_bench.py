@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mambaseq.benchmarking import backends, by_length, decode, diagnosis, ops, peers, running, train
+from mambaseq.benchmarking import backends, by_length, decode, diagnosis, ops, peers, registered, running, train
 from mambaseq.checkpoints.upstream import from_upstream
 from mambaseq.cli.main import main
 from mambaseq.generation import generate
@@ -27,7 +27,7 @@ from mambaseq.ops import selective_scan as scan_op
 BENCHES = {
     "ops": {
         "selective_scan",
-        "ssd",
+        *(timed.name for timed in registered.ALL),
         "causal_conv",
         "add_rms_norm",
         "gated_rms_norm",
@@ -48,12 +48,6 @@ def bench(name: str, folder: Path, *options: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(file.read_text())
 
 
-@pytest.fixture
-def without_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out of `bench ops` what other tests run."""
-    monkeypatch.setattr(by_length, "run", lambda report, repeats: None)
-
-
 @pytest.mark.parametrize("name", BENCHES)
 def test_every_bench_measures_us_and_says_which_peers_are_absent(
     name: str, tmp_path: Path, drawn: None, capsys
@@ -67,7 +61,7 @@ def test_every_bench_measures_us_and_says_which_peers_are_absent(
     for row in found["rows"]:
         measured = {key: value for key, value in row.items() if MEASURED.search(key)}
         assert all(size > 0 for size in row["shape"].values())
-        if row["contender"] in ("mamba-ssm", "causal-conv1d"):
+        if row["contender"] in ("mamba-ssm", "causal-conv1d", "fla"):
             assert (row["status"], bool(row["note"]), measured) == ("absent", True, {})
         else:
             assert row["status"] == "ok"
@@ -94,11 +88,10 @@ def off_by_a_hundredth(op: Any, name: str) -> Any:
     return op._replace(backends=tuple(wrong(backend) for backend in op.backends))
 
 
-@pytest.mark.usefixtures("without_lengths")
 def test_what_is_wrong_gets_no_time(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[scan_op.__module__]
     monkeypatch.setattr(module, "OP", off_by_a_hundredth(module.OP, "cpu"))  # type: ignore[attr-defined]
-    code, found = bench("ops", tmp_path)
+    code, found = bench("ops", tmp_path, "--only", "selective_scan,causal_conv")
     assert code == 1
     rows = [row for row in found["rows"] if row["backend"] == "cpu" and row["op"] == "selective_scan"]
     assert rows
@@ -111,7 +104,35 @@ def test_what_is_wrong_gets_no_time(tmp_path: Path, capsys, monkeypatch: pytest.
     assert "WRONG: " in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("without_lengths")
+@pytest.mark.parametrize(("only", "op", "backend"), [("kda", "delta_rule", "torch"), ("lti_scan", "lti_scan", "fft")])
+def test_a_registered_backend_that_is_wrong_gets_no_time(
+    only: str, op: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPS, op, off_by_a_hundredth(OPS[op], backend))
+    code, found = bench("ops", tmp_path, "--only", only)
+    assert code == 1
+    assert {row["op"] for row in found["rows"]} == {only if only == op else f"{op}, {only}"}
+    (row,) = (row for row in found["rows"] if row["backend"] == backend)
+    assert (row["status"], row["error"]) == ("wrong", pytest.approx(0.01, rel=0.05))
+    assert not any(MEASURED.search(key) for key in row)
+    others = [row for row in found["rows"] if row["backend"] not in ("", backend)]
+    assert [row["backend"] for row in others] == (["cpu", "torch"] if op == "lti_scan" else [])
+    assert all(row["status"] == "ok" for row in others)
+
+
+@pytest.mark.parametrize("mixer", ["gla", "mamba3"])
+def test_steps_of_another_mixer(mixer: str, tmp_path: Path) -> None:
+    """With about the parameters of the Transformer's layers."""
+    code, found = bench("train", tmp_path, "--mixer", mixer)
+    assert code == 0
+    assert {row["op"] for row in found["rows"]} == {f"train step of {mixer}"}
+    status = {row["contender"]: (row["status"], row["note"]) for row in found["rows"]}
+    assert status.pop("mamba-ssm") == ("absent", "its models are compared with those of the mixer mamba")
+    assert status == {"mambaseq": ("ok", ""), "Transformer": ("ok", "")}
+    expected = sum(value.numel() for value in causal_lm(40, 8, 1, mixer).parameters())
+    assert {row["parameters"] for row in found["rows"] if row["contender"] == "mambaseq"} == {expected}
+
+
 def test_a_wrong_gradient_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(arguments: Any) -> Any:
         y, total = norm.reference.run_add(arguments)
@@ -119,7 +140,7 @@ def test_a_wrong_gradient_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     op = norm.ADD_OP._replace(backends=(norm.ADD_OP.backends[0]._replace(run=run), *norm.ADD_OP.backends[1:]))
     monkeypatch.setattr(norm, "ADD_OP", op)
-    code, found = bench("ops", tmp_path)
+    code, found = bench("ops", tmp_path, "--only", "add_rms_norm")
     (row,) = (row for row in found["rows"] if row["op"] == "add_rms_norm" and row["contender"] == "mambaseq")
     assert (code, row["status"]) == (1, "wrong")
     assert row["note"].startswith("dx is off by")
@@ -194,11 +215,10 @@ FAKES = {
 }
 
 
-@pytest.mark.usefixtures("without_lengths")
 @pytest.mark.parametrize("name", ["ops", "block", "train", "decode"])
 def test_peers_take_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find", lambda module, device: (FAKES[module], ""))
-    code, found = bench(name, tmp_path)
+    code, found = bench(name, tmp_path, *(("--only", "selective_scan,ssd,causal_conv") if name == "ops" else ()))
     assert code == 0
     theirs = [row for row in found["rows"] if row["contender"] in ("mamba-ssm", "causal-conv1d")]
     assert [row["status"] for row in theirs] == ["ok"] * (4 if name == "ops" else 2)
@@ -228,7 +248,6 @@ def test_a_peer_with_another_loss_or_output_gets_no_time(tmp_path: Path, monkeyp
         assert {("mambaseq", "ok"), ("mamba-ssm", "wrong")} <= statuses
 
 
-@pytest.mark.usefixtures("without_lengths")
 def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no kernel image\nand more")
@@ -242,7 +261,7 @@ def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, mon
         "causal_conv1d": SimpleNamespace(causal_conv1d_fn=full),
     }
     monkeypatch.setattr(peers, "find", lambda module, device: (fakes[module], ""))
-    code, found = bench("ops", tmp_path)
+    code, found = bench("ops", tmp_path, "--only", "selective_scan,ssd,causal_conv")
     assert code == 0
     notes = {row["contender"]: (row["status"], row["note"]) for row in found["rows"]}
     assert notes["mamba-ssm"] == ("failed", "RuntimeError: no kernel image")
@@ -258,7 +277,10 @@ def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, mon
         (["bench", "ops", "--repeats", "0"], "--repeats"),
         (["bench", "ops", "--picture", "a.jpg"], "a.jpg"),
         (["bench", "ops", "--device", "nope"], "'nope' cannot be used"),
-        (["bench", "ops", "--only", "ssd"], "--only is for decode"),
+        (["bench", "block", "--only", "ssd"], "--only is for ops and decode, not for block"),
+        (["bench", "ops", "--device", "cpu", "--only", "wkw"], "Did you mean 'wkv'?"),
+        (["bench", "ops", "--mixer", "gla"], "--mixer is for train, not for ops"),
+        (["bench", "train", "--device", "cpu", "--mixer", "glaa"], "Did you mean 'gla'?"),
         (["bench", "decode", "--device", "cpu", "--scale", "tiny", "--only", "mambasq"], "Known: tiny, mambaseq"),
         (["bench", "decode", "--device", "cpu", "--scale", "tiny", "--kv-heads", "3"], "2 heads (tiny), not 3"),
     ],
@@ -414,11 +436,11 @@ def test_inputs_that_do_not_fit_take_no_other_rows_with_them(
 
     monkeypatch.setattr(ops, "scan_inputs", full)
     monkeypatch.setattr(by_length, "attention", full)
-    code, found = bench("ops", tmp_path)
+    code, found = bench("ops", tmp_path, "--only", "selective_scan,ssd,wkv,by_length")
     assert code == 0
     status = {row["op"]: row["status"] for row in found["rows"] if row["contender"] == "mambaseq"}
     assert status.pop("selective_scan") == "oom"
-    assert set(status) == BENCHES["ops"] - {"selective_scan"}
+    assert set(status) == {"ssd", "wkv", by_length.OP}
     assert set(status.values()) == {"ok"}
     (first, *_) = (row for row in found["rows"] if row["contender"] == by_length.ATTENTION)
     assert (first["status"], first["note"], first["shape"]["length"]) == ("oom", "out of memory", 16)
