@@ -7,6 +7,8 @@ and shapes are those of flash-linear-attention's layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -94,8 +96,6 @@ class KDA(DeltaMixer):
         return apply_linear(self.o_proj, self.o_norm(y, z).flatten(-2))
 
     @staticmethod
-    def _by_rank(layers: nn.Sequential, x: Tensor) -> Tensor:
-        first, second = layers
-        assert isinstance(first, nn.Linear)
-        assert isinstance(second, nn.Linear)
+    def _by_rank(layers: Iterable[Any], x: Tensor) -> Tensor:
+        first, second = layers  # linear maps, or what an adapter puts in their place
         return apply_linear(second, apply_linear(first, x))

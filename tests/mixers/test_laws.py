@@ -184,6 +184,39 @@ def test_compiled_equals_eager(name: str, options: dict) -> None:
         close(one, other, tolerance=1e-5)
 
 
+class Adapted(torch.nn.Module):
+    """In a linear map's place, as adapters stand: no `nn.Linear`, but with its weight and bias."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.added = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.added(x)
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_adapters_in_the_place_of_linear_maps_are_called(name: str, options: dict) -> None:
+    adapted = make(name, options)
+    merged = copy.deepcopy(adapted)
+    for path, layer in list(adapted.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            owner, _, own = path.rpartition(".")
+            one = Adapted(layer)
+            adapted.get_submodule(owner)._modules[own] = one
+            with torch.no_grad():
+                merged.get_parameter(f"{path}.weight").add_(one.added.weight)
+    x = torch.randn(2, 7, D_MODEL)
+    expected = merged(x)
+    close(adapted(x), expected, tolerance=1e-4)
+    state = adapted.init_state(2, max_length=7)
+    close(torch.cat([adapted.step_(x[:, t : t + 1], state) for t in range(7)], 1), expected, tolerance=1e-4)
+
+
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if str(case.id).endswith("-0")])
 def test_exported_it_serves_any_batch_and_length(name: str, options: dict) -> None:
     """Outputs, states and gradients; what loops over time is one operator of ours."""
