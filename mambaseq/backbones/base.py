@@ -243,6 +243,8 @@ class Backbone(nn.Module, abc.ABC):
                     f"The mixer {type(mixer).__name__} sees what comes after a position, so sequences cannot be split "
                     "over ranks (context parallel). Use a causal mixer, or one rank."
                 )
+        if self.context_states == "gathered" and self.chunk_length is None:
+            self._check_gathered()
 
     def _run_part(
         self, part: parallel.Part, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool
@@ -288,17 +290,23 @@ class Backbone(nn.Module, abc.ABC):
         With L mixers and N ranks, those that hand on wait for N - 1 of L layers. Those that gather wait for none, but
         each mixer says what its piece does to a state, which takes them `_SUMMARY` of its time.
         """
-        mixers = [mixer for mixer in self.mixers() if not mixer.position_wise]
-        able = all(mixer.sums_up for mixer in mixers)
-        if self.context_states == "gathered" and not able:
-            names = ", ".join(sorted({type(mixer).__name__ for mixer in mixers if not mixer.sums_up}))
+        if self.context_states == "gathered":
+            self._check_gathered()
+            return True
+        mixers = self._with_states()
+        able = self.context_states == "auto" and all(mixer.sums_up for mixer in mixers)
+        return able and part.context.size - 1 > _SUMMARY * len(mixers)
+
+    def _check_gathered(self) -> None:
+        """Raise ConfigError for mixers whose states cannot be gathered."""
+        if unable := sorted({type(mixer).__name__ for mixer in self._with_states() if not mixer.sums_up}):
             raise ConfigError(
                 "context_states: gathered needs states that are decayed sums over positions; "
-                f"{names or 'the backbone'} has others. Set model.backbone.context_states to auto or relayed."
+                f"{', '.join(unable)} has others. Set model.backbone.context_states to auto or relayed."
             )
-        if self.context_states != "auto":
-            return self.context_states == "gathered"
-        return able and part.context.size - 1 > _SUMMARY * len(mixers)
+
+    def _with_states(self) -> list[Mixer]:
+        return [mixer for mixer in self.mixers() if not mixer.position_wise]
 
     def check_part(self, part: parallel.Part, x: Tensor, cu_seqlens: Tensor | None) -> None:
         """Raise ConfigError or ValueError for what is not a part that this backbone can be given."""

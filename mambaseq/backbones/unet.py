@@ -170,12 +170,13 @@ class UNet(Backbone):
 
     def _gathers(self, part: Part) -> bool:
         """Never: a part need not begin with a window."""
-        if self.context_states == "gathered":
-            raise ConfigError(
-                "context_states: gathered is not for a unet, whose windows go on from rank to rank. Set "
-                "model.backbone.context_states to auto or relayed."
-            )
-        return False
+        return self.context_states == "gathered" and super()._gathers(part)
+
+    def _check_gathered(self) -> None:
+        raise ConfigError(
+            "context_states: gathered is not for a unet, whose windows go on from rank to rank. Set "
+            "model.backbone.context_states to auto or relayed."
+        )
 
     def _tier(
         self, tier: Tier, x: Tensor, state: list[Any] | None, cu_seqlens: Tensor | None, return_state: bool

@@ -176,7 +176,10 @@ def test_processes_that_cannot_share_are_refused(tmp_path: Path, monkeypatch: py
         assert "over 3 processes, but there are 2" in capsys.readouterr().err
         whole = ["--model.backbone.name=unet", "--model.backbone.chunk_length=null", "--model.mixer.name=attention"]
         assert main([*fit, "2", *two, *whole]) == 2
-    assert "A unet over a part of sequences needs" in capsys.readouterr().err
+        assert "A unet over a part of sequences needs" in capsys.readouterr().err
+        gathered = ["--model.backbone.context_states=gathered", *whole[1:2], "--model.mixer.name=kda"]
+        assert main([*fit, "2", *two, *gathered]) == 2
+    assert "context_states: gathered needs states that are decayed sums over positions; KDA" in capsys.readouterr().err
     assert main([*fit, "0"]) != 0
     assert "context_parallel" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"trainer\.strategy is SingleDeviceStrategy\. Set it to one of them"):
