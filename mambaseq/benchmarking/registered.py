@@ -112,6 +112,7 @@ ALL = (
 def _case(timed: Registered, shape: dict[str, int], device: torch.device) -> Case:
     op, places = OPS[timed.op], (shape["batch"], shape["length"])
     arguments = _as_trained(op, timed.make(inputs.normal_of(device), **shape), places, device)
+    given = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
     # a long sequence is checked whole, so that no cut of time is missed: not by a loop, but by chunks in float64, which
     # the other shapes hold against the loop
     whole = shape["batch"] == 1 and shape["length"] > CHECKED
@@ -125,11 +126,12 @@ def _case(timed: Registered, shape: dict[str, int], device: torch.device) -> Cas
     return Case(
         op=timed.name,
         shape=shape,
-        inputs={name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)},
+        inputs=given,
         reference=_output_of(reference, arguments),
         contenders=tuple(_contenders(timed, op, arguments, device)),
         tolerance=max(tolerance(device), timed.limit if training_dtype(device) == torch.bfloat16 else 0.0),
         part=part,
+        summed=frozenset(name for name, value in given.items() if value.shape[:2] != places),
     )
 
 

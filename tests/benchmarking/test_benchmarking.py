@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking import backends, by_length, ops, registered
-from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, output_of, reference_results
+from mambaseq.benchmarking.cases import (
+    COLUMNS,
+    Case,
+    Contender,
+    Plan,
+    channels_first,
+    compare,
+    errors,
+    output_of,
+    reference_results,
+)
 from mambaseq.benchmarking.decode import CachedGeneration
 from mambaseq.benchmarking.long_scan import long_scan
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
@@ -184,6 +194,39 @@ def test_a_leak_into_the_checked_part_is_seen() -> None:
 
     found = errors(part, Contender("leaking", leaking), reference_results(part))
     assert found["y"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "dtype", "status"),
+    [
+        ("A", 0.03, torch.bfloat16, "ok"),
+        ("A", 0.06, torch.bfloat16, "wrong"),
+        ("x", 0.03, torch.bfloat16, "wrong"),
+        ("A", 0.03, torch.float32, "wrong"),
+    ],
+)
+def test_what_is_summed_over_positions_may_be_further_off_in_half_precision(
+    name: str, off: float, dtype: torch.dtype, status: str
+) -> None:
+    def product(**inputs: Tensor) -> Tensor:
+        return inputs["x"].to(inputs["A"].dtype) * inputs["A"]
+
+    def other(**inputs: Tensor) -> Tensor:
+        value = inputs[name]
+        return product(**inputs | {name: value.detach() + (value - value.detach()) * (1 + off)})
+
+    inputs = {"x": torch.randn(2, 9, 3).to(dtype), "A": torch.randn(3)}
+    contender = Contender(OURS, other)
+    case = Case("product", {"length": 9}, inputs, product, [contender], tolerance=1e-2, summed=frozenset("A"))
+    report = Report("ops", CPU, "tiny", COLUMNS)
+    compare(Plan("product", {"length": 9}, lambda: case), report, 1)
+    assert [row.status for row in report.rows] == [status]
+    if status == "wrong":
+        assert report.rows[0].note.startswith(f"d{name} is off by")
+
+
+def test_what_an_op_sums_over_positions_is_known_by_its_shape() -> None:
+    assert registered_case("ssd", "tiny").summed == {"A", "D", "dt_bias"}
 
 
 @pytest.mark.parametrize("gated", [True, False])
