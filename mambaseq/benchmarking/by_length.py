@@ -137,7 +137,7 @@ def _case(
     part: Callable[[Tensor], Tensor],
     limit: float,
 ) -> Case:
-    return Case(OP, {"batch": 1, "length": length}, inputs, reference, (contender,), limit, part, PASSES)
+    return Case(OP, {"batch": 1, "length": length}, inputs, reference, (contender,), limit, part, passes=PASSES)
 
 
 def _normal(device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:

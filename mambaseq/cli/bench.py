@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mambaseq.arguments import Arguments
+from mambaseq.cli.imports import add_allow_import
 from mambaseq.errors import ConfigError, did_you_mean, shown
 from mambaseq.importing import uncollected
 from mambaseq.outputs import check_picture
@@ -43,6 +44,7 @@ def run(argv: list[str], command: str) -> int:
     )
     train = parser.add_argument_group("train")
     train.add_argument("--mixer", metavar="NAME", help="of our model (see `mambaseq list mixers`; default mamba)")
+    add_allow_import(train)
     decode = parser.add_argument_group("decode")
     decode.add_argument("--kv-heads", type=int, default=None, metavar="N", help="heads of the Transformer's keys")
     decode.add_argument("--seconds", type=float, default=None, help="begin no further row after so long")
@@ -61,6 +63,8 @@ def run(argv: list[str], command: str) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} is for {meant}, not for {arguments.bench}.")
     if "only" in given:
         given["only"] = [name.strip() for name in given["only"].split(",") if name.strip()]
+        if not given["only"]:
+            raise ConfigError("--only names nothing. Leave it out for all.")
     check_picture(arguments.picture)
     with uncollected(for_good=True):
         from mambaseq.benchmarking.running import run as run_bench

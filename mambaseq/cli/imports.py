@@ -13,7 +13,7 @@ class _Allow(argparse.Action):
         allow_imports(values)
 
 
-def add_allow_import(parser: argparse.ArgumentParser) -> None:
+def add_allow_import(parser: argparse._ActionsContainer) -> None:
     """Add the option to a command. It takes effect while the command line is read; `main` undoes it at the end."""
     parser.add_argument(
         "--allow-import",

@@ -320,6 +320,7 @@ def test_gradients_of_complex_inputs_are_checked() -> None:
 @pytest.mark.parametrize("make", [by_length.scan, by_length.attention, by_length.convolution])
 def test_what_the_scan_is_compared_with_is_right(make) -> None:  # type: ignore[no-untyped-def]
     case: Case = make(80, "tiny", CPU)
+    assert (case.passes, case.summed) == (by_length.PASSES, frozenset())
     found = errors(case, case.contenders[0], reference_results(case))
     assert max(found.values()) < 1e-5
 

@@ -122,17 +122,27 @@ def test_a_registered_backend_that_is_wrong_gets_no_time(
     assert all(row["status"] == "ok" for row in others)
 
 
-@pytest.mark.parametrize("mixer", ["gla", "mamba3"])
-def test_steps_of_another_mixer(mixer: str, tmp_path: Path) -> None:
-    """With about the parameters of the Transformer's layers."""
+@pytest.mark.parametrize(("mixer", "n_layers"), [("gla", 1), ("mamba3", 2)])
+def test_steps_of_another_mixer(mixer: str, n_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the layers where an MLP follows the mixer."""
+    sizes = train.SIZES["tiny"]
+    monkeypatch.setitem(train.SIZES, "tiny", sizes._replace(n_layers=2, shapes=sizes.shapes[:1]))
     code, found = bench("train", tmp_path, "--mixer", mixer)
     assert code == 0
     assert {row["op"] for row in found["rows"]} == {f"train step of {mixer}"}
     status = {row["contender"]: (row["status"], row["note"]) for row in found["rows"]}
     assert status.pop("mamba-ssm") == ("absent", "its models are compared with those of the mixer mamba")
     assert status == {"mambaseq": ("ok", ""), "Transformer": ("ok", "")}
-    expected = sum(value.numel() for value in causal_lm(40, 8, 1, mixer).parameters())
+    expected = sum(value.numel() for value in causal_lm(40, 8, n_layers, mixer).parameters())
     assert {row["parameters"] for row in found["rows"] if row["contender"] == "mambaseq"} == {expected}
+
+
+def test_steps_of_a_mixer_by_its_import_path(tmp_path: Path) -> None:
+    path = "mambaseq.mixers.rwkv4:RWKV4"
+    code, found = bench("train", tmp_path, "--mixer", path, "--allow-import", "mambaseq")
+    assert code == 0
+    assert {row["op"] for row in found["rows"]} == {f"train step of {path}"}
+    assert {row["status"] for row in found["rows"] if row["contender"] == "mambaseq"} == {"ok"}
 
 
 def test_a_wrong_gradient_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +291,7 @@ def test_a_peer_that_breaks_does_not_take_the_others_with_it(tmp_path: Path, mon
         (["bench", "ops", "--device", "nope"], "'nope' cannot be used"),
         (["bench", "block", "--only", "ssd"], "--only is for ops and decode, not for block"),
         (["bench", "ops", "--device", "cpu", "--only", "wkw"], "Did you mean 'wkv'?"),
+        (["bench", "ops", "--only", ","], "--only names nothing"),
         (["bench", "ops", "--mixer", "gla"], "--mixer is for train, not for ops"),
         (["bench", "train", "--device", "cpu", "--mixer", "glaa"], "Did you mean 'gla'?"),
         (["bench", "decode", "--device", "cpu", "--scale", "tiny", "--only", "mambasq"], "Known: tiny, mambaseq"),
