@@ -137,7 +137,16 @@ def _case(
     part: Callable[[Tensor], Tensor],
     limit: float,
 ) -> Case:
-    return Case(OP, {"batch": 1, "length": length}, inputs, reference, (contender,), limit, part, passes=PASSES)
+    return Case(
+        op=OP,
+        shape={"batch": 1, "length": length},
+        inputs=inputs,
+        reference=reference,
+        contenders=(contender,),
+        tolerance=limit,
+        part=part,
+        passes=PASSES,
+    )
 
 
 def _normal(device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Tensor]:

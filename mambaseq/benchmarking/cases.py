@@ -72,7 +72,7 @@ class Contender:
     absent: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """An op at a shape.
 

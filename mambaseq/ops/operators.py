@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mambaseq.ops.eager import is_eager
+from mambaseq.ops.eager import is_eager, is_exporting
 
 
 class Operator(NamedTuple):
@@ -156,8 +156,8 @@ def register(op: Operator) -> Callable[[Any], Any]:
 
 def exported(
     name: str, arguments: Any, schema: str, run: Callable[[Any], tuple[Tensor, ...]], fake: Callable[..., Any]
-) -> Callable[[Any], Any]:
-    """What runs an op in plain PyTorch as `mambaseq::{name}` while a model is exported.
+) -> Callable[[Any], tuple[Tensor, ...]]:
+    """`run`, which is `mambaseq::{name}` while a model is exported.
 
     The loops of such an op depend on the length; in a graph they would tie it to lengths like the one that it was made
     with. run: `(a)` → tensors; with gradients, for it is run again in the backward pass. arguments, schema, fake: as
@@ -193,7 +193,11 @@ def exported(
     )
     op.register_fake(lambda *values: fake(arguments(*values)))
     op.register_autograd(backward, setup_context=remember)
-    return lambda a: op(*a)
+
+    def either(a: Any) -> tuple[Tensor, ...]:
+        return tuple(op(*a)) if is_exporting() else run(a)
+
+    return either
 
 
 def _alone(found: tuple[Tensor, ...]) -> Any:

@@ -217,7 +217,15 @@ def test_what_is_summed_over_positions_may_be_further_off_in_half_precision(
 
     inputs = {"x": torch.randn(2, 9, 3).to(dtype), "A": torch.randn(3)}
     contender = Contender(OURS, other)
-    case = Case("product", {"length": 9}, inputs, product, [contender], tolerance=1e-2, summed=frozenset("A"))
+    case = Case(
+        op="product",
+        shape={"length": 9},
+        inputs=inputs,
+        reference=product,
+        contenders=[contender],
+        tolerance=1e-2,
+        summed=frozenset("A"),
+    )
     report = Report("ops", CPU, "tiny", COLUMNS)
     compare(Plan("product", {"length": 9}, lambda: case), report, 1)
     assert [row.status for row in report.rows] == [status]

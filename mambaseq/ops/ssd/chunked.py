@@ -24,7 +24,6 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast, working_dtype
-from mambaseq.ops.eager import is_exporting
 from mambaseq.ops.operators import exported
 from mambaseq.ops.ssd.arguments import SsdArguments
 
@@ -46,10 +45,8 @@ class _Layout(NamedTuple):
 
 def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     """y in the dtype of x, and the final state."""
-    if is_exporting():
-        y, final = _exported(arguments)
-        return y, final
-    return _in_full(arguments)
+    y, final = _anywhere(arguments)
+    return y, final
 
 
 def _in_full(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
@@ -238,7 +235,7 @@ def _fake(a: SsdArguments) -> tuple[Tensor, Tensor]:
     return a.x.new_empty(a.x.shape), final
 
 
-_exported = exported(
+_anywhere = exported(
     "ssd_torch",
     SsdArguments,
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "

@@ -21,7 +21,6 @@ from torch import Tensor
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import padded
 from mambaseq.ops.dtypes import without_autocast
-from mambaseq.ops.eager import is_exporting
 from mambaseq.ops.operators import exported
 from mambaseq.ops.state_space.arguments import StateSpaceArguments
 
@@ -52,10 +51,8 @@ class _Layout(NamedTuple):
 
 def run(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     """y and the final state, in the working precision."""
-    if is_exporting():
-        y, final = _exported(arguments)
-        return y, final
-    return _in_full(arguments)
+    y, final = _anywhere(arguments)
+    return y, final
 
 
 def _in_full(arguments: StateSpaceArguments) -> tuple[Tensor, Tensor]:
@@ -209,7 +206,7 @@ def _fake(a: StateSpaceArguments) -> tuple[Tensor, Tensor]:
     return a.x.new_empty((*a.x.shape, outputs), dtype=a.dtype), a.x.new_empty(final, dtype=a.dtype)
 
 
-_exported = exported(
+_anywhere = exported(
     "state_space_scan_torch",
     StateSpaceArguments,
     "Tensor x, Tensor A, Tensor B, Tensor C, Tensor? initial_state, Tensor? cu_seqlens, bool wants_final_state",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambaseq.ops import sequences
 from mambaseq.ops.chunks import sums
-from mambaseq.ops.eager import is_exporting, wants_reference
+from mambaseq.ops.eager import wants_reference
 from mambaseq.ops.gpu import portable
 from mambaseq.ops.operators import Operator, exported, register
 
@@ -41,10 +41,8 @@ def added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
     heads, n_angles)` float64. The first are float64, on a GPU by kernels float32, whole turns taken off."""
     if a.values.is_cuda and not wants_reference() and why_not(a) is None:
         return kernel(a)
-    if is_exporting():
-        angle, last = _exported(a)
-        return angle, last
-    return _added_up(a)
+    angle, last = _anywhere(a)
+    return angle, last
 
 
 def _added_up(a: AngleArguments) -> tuple[Tensor, Tensor]:
@@ -186,7 +184,7 @@ def _kernels() -> Any:
 
 
 _SCHEMA = "Tensor values, Tensor dt, Tensor? before, Tensor? cu_seqlens"
-_exported = exported(
+_anywhere = exported(
     "mamba3_angles_torch",
     AngleArguments,
     _SCHEMA,
