@@ -16,7 +16,6 @@ from mambaseq.ops import OPS
 from mambaseq.ops.dispatch import PACKAGES, explain, leaf, relative_rms_error
 
 Pass = Literal["forward", "backward", "both"]
-SUMMED = 5  # how many times the tolerance is allowed to what is summed over all positions
 
 COLUMNS = (
     Column("forward_ms", "forward ms"),
@@ -81,8 +80,6 @@ class Case:
     part: a view of the inputs for the reference; its outputs depend on no other inputs. The contenders run at full
         size, and gradients of these outputs are compared.
     tolerance: of the relative RMS error of each output and gradient.
-    summed: inputs of which all positions share a number; their gradients are sums in which terms cancel and their
-        rounding does not, so SUMMED times the tolerance is theirs in half precision.
     """
 
     op: str
@@ -92,7 +89,6 @@ class Case:
     contenders: Sequence[Contender]
     tolerance: float
     part: Callable[[Tensor], Tensor] = as_it_is
-    summed: frozenset[str] = frozenset()
     passes: tuple[Pass, ...] = ("forward", "backward", "both")
 
 
@@ -166,18 +162,12 @@ def errors(case: Case, contender: Contender, expected: Results) -> dict[str, flo
     return {name: error if math.isfinite(error) else math.inf for name, error in found.items()}
 
 
-def _tolerance(case: Case, name: str) -> float:
-    """Of an output or a gradient, by its name in `errors`."""
-    half = any(value.dtype in (torch.bfloat16, torch.float16) for value in case.inputs.values())
-    return case.tolerance * (SUMMED if half and name.removeprefix("d") in case.summed else 1)
-
-
 def _row(case: Case, contender: Contender, expected: Results, device: torch.device, repeats: int) -> Row:
     row = Row(case.op, case.shape, contender.name, contender.backend)
     found = errors(case, contender, expected)
-    worst = max(found, key=lambda name: found[name] / _tolerance(case, name))
+    worst = max(found, key=lambda name: found[name])
     row.error = found[worst]
-    if not row.error <= _tolerance(case, worst):
+    if not row.error <= case.tolerance:
         row.status, row.note = "wrong", f"{worst} is off by {row.error:.1e}"
         return row
     leaves = _leaves(case, contender)

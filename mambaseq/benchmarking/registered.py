@@ -48,7 +48,8 @@ class Registered:
 
     make: its arguments, as in `inputs`. names: of the sizes that `make` takes, in their order in `sizes`.
     variant: what the arguments make of the op, where it has several rows.
-    units: heads or channels that are checked, which know nothing of each other; None for all.
+    units: heads or channels that are checked, which know nothing of each other; None for all, as where a gradient is
+        one number a head: of two of them, sums in which terms cancel, rounding may be any share.
     limit: of the relative RMS error in bfloat16, where products are rounded more than once.
     chunks: the backend that checks long sequences, in float64.
     theirs: a package's own function, `(device) → (run, "" or why it is absent)` by the contender's name, in place of
@@ -92,7 +93,15 @@ def _mamba_ssm(device: torch.device) -> tuple[Callable[..., Any], str]:
 
 RULE = "delta_rule"
 ALL = (
-    Registered("ssd", "softplus, D and dt's bias fused", inputs.ssd, OF_HEADS, HEADS, theirs={"mamba-ssm": _mamba_ssm}),
+    Registered(
+        "ssd",
+        "softplus, D and dt's bias fused",
+        inputs.ssd,
+        OF_HEADS,
+        HEADS,
+        units=None,
+        theirs={"mamba-ssm": _mamba_ssm},
+    ),
     Registered(RULE, "a decay a head", inputs.gated_delta, OF_HEADS, DELTA, "gated_delta", limit=1.6e-2),
     Registered(RULE, "a decay a channel of the keys", inputs.kda, OF_HEADS, DELTA, "kda", limit=1.6e-2),
     Registered(RULE, "the same without the rule", inputs.gla, OF_HEADS, DELTA, "gla", limit=1.6e-2),
@@ -112,7 +121,6 @@ ALL = (
 def _case(timed: Registered, shape: dict[str, int], device: torch.device) -> Case:
     op, places = OPS[timed.op], (shape["batch"], shape["length"])
     arguments = _as_trained(op, timed.make(inputs.normal_of(device), **shape), places, device)
-    given = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
     # a long sequence is checked whole, so that no cut of time is missed: not by a loop, but by chunks in float64, which
     # the other shapes hold against the loop
     whole = shape["batch"] == 1 and shape["length"] > CHECKED
@@ -126,12 +134,11 @@ def _case(timed: Registered, shape: dict[str, int], device: torch.device) -> Cas
     return Case(
         op=timed.name,
         shape=shape,
-        inputs=given,
+        inputs={name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)},
         reference=_output_of(reference, arguments),
         contenders=tuple(_contenders(timed, op, arguments, device)),
         tolerance=max(tolerance(device), timed.limit if training_dtype(device) == torch.bfloat16 else 0.0),
         part=part,
-        summed=frozenset(name for name, value in given.items() if value.shape[:2] != places),
     )
 
 

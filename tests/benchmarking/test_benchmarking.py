@@ -10,17 +10,7 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking import backends, by_length, ops, registered
-from mambaseq.benchmarking.cases import (
-    COLUMNS,
-    Case,
-    Contender,
-    Plan,
-    channels_first,
-    compare,
-    errors,
-    output_of,
-    reference_results,
-)
+from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, output_of, reference_results
 from mambaseq.benchmarking.decode import CachedGeneration
 from mambaseq.benchmarking.long_scan import long_scan
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
@@ -196,45 +186,10 @@ def test_a_leak_into_the_checked_part_is_seen() -> None:
     assert found["y"] > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "off", "dtype", "status"),
-    [
-        ("A", 0.03, torch.bfloat16, "ok"),
-        ("A", 0.06, torch.bfloat16, "wrong"),
-        ("x", 0.03, torch.bfloat16, "wrong"),
-        ("A", 0.03, torch.float32, "wrong"),
-    ],
-)
-def test_what_is_summed_over_positions_may_be_further_off_in_half_precision(
-    name: str, off: float, dtype: torch.dtype, status: str
-) -> None:
-    def product(**inputs: Tensor) -> Tensor:
-        return inputs["x"].to(inputs["A"].dtype) * inputs["A"]
-
-    def other(**inputs: Tensor) -> Tensor:
-        value = inputs[name]
-        return product(**inputs | {name: value.detach() + (value - value.detach()) * (1 + off)})
-
-    inputs = {"x": torch.randn(2, 9, 3).to(dtype), "A": torch.randn(3)}
-    contender = Contender(OURS, other)
-    case = Case(
-        op="product",
-        shape={"length": 9},
-        inputs=inputs,
-        reference=product,
-        contenders=[contender],
-        tolerance=1e-2,
-        summed=frozenset("A"),
-    )
-    report = Report("ops", CPU, "tiny", COLUMNS)
-    compare(Plan("product", {"length": 9}, lambda: case), report, 1)
-    assert [row.status for row in report.rows] == [status]
-    if status == "wrong":
-        assert report.rows[0].note.startswith(f"d{name} is off by")
-
-
-def test_what_an_op_sums_over_positions_is_known_by_its_shape() -> None:
-    assert registered_case("ssd", "tiny").summed == {"A", "D", "dt_bias"}
+def test_of_gradients_that_are_a_number_a_head_all_heads_are_checked() -> None:
+    """Of two, rounding may be any share of sums in which terms cancel."""
+    case = registered_case("ssd", "tiny")
+    assert reference_results(case).values["dA"].shape == case.inputs["A"].shape == (3,)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -290,7 +245,7 @@ def test_a_part_of_a_registered_op_is_checked_as_the_whole_would_be(name: str) -
     case = registered_case(name, "tiny")
     whole = dataclasses.replace(case, part=lambda tensor: tensor)
     x = next(iter(case.inputs.values()))
-    assert (case.part(x).shape == x.shape) == (name in ("unit_norm", "log_decays"))
+    assert (case.part(x).shape == x.shape) == (name in ("ssd", "unit_norm", "log_decays"))
     for some in (case, whole):
         found = errors(some, case.contenders[0], reference_results(some))
         assert set(found) == {"y", *(f"d{key}" for key in case.inputs)}
@@ -328,7 +283,7 @@ def test_gradients_of_complex_inputs_are_checked() -> None:
 @pytest.mark.parametrize("make", [by_length.scan, by_length.attention, by_length.convolution])
 def test_what_the_scan_is_compared_with_is_right(make) -> None:  # type: ignore[no-untyped-def]
     case: Case = make(80, "tiny", CPU)
-    assert (case.passes, case.summed) == (by_length.PASSES, frozenset())
+    assert case.passes == by_length.PASSES
     found = errors(case, case.contenders[0], reference_results(case))
     assert max(found.values()) < 1e-5
 
