@@ -2,7 +2,8 @@
 # State tracking and recall of many keys, many trainings to a GPU within a given time: from the repository's root,
 #   OUT=FOLDER bash benchmarks/gpu/tasks.sh "GPUS" EACH SECONDS ["SEEDS"]
 # GPUS such as "0 1", EACH processes on each of them, SEEDS "0 1 2" if not given. KEPT=FILE: a tasks.tgz of an earlier call, which goes on.
-# What tells most comes first: seed after seed, of each parity, then recall, then the other machines.
+# What tells most comes first: parity, then recall, the widest first, then the other machines, of each seed after seed.
+# WANTED: a pattern (grep -E) for lines of $RUN/jobs (recipe, seed, model, and task or d_model, between tabs); all if not given.
 # MPS=1: processes of a GPU share a server of NVIDIA's, so that their kernels run side by side and not in turn; ended with the script.
 # What is finished is in $OUT/tasks.tgz every 10 s; what SECONDS cut off is lost. The log is $OUT/tasks.log.
 # What follows, once tasks.tgz is unpacked in a folder D, for state_tracking and recall each:
@@ -13,13 +14,16 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD:$PWD/domains:${PYTHONPATH:-} OMP_NUM_T
 SCALE=${SCALE:-full} DEVICE=${DEVICE:-cuda} OUT=${OUT:-/tmp/out} RUN=${RUN:-/dev/shm/tasks}; mkdir -p "$OUT" "$RUN"
 [ -z "${KEPT:-}" ] || tar xzf "$KEPT" -C "$RUN"
 # a line each: recipe, seed, names
-SEEDS=$seeds python3 - > "$RUN/jobs" <<'PYTHON' || exit 1
+SCALE=$SCALE SEEDS=$seeds python3 - > "$RUN/jobs" <<'PYTHON' || exit 1
 import os
 from mambaseq_synthetic.recipes import recall, state_tracking
-machines = {task: [f"state_tracking\t{{}}\t{name}\t{task}" for name in state_tracking.MODELS] for task in state_tracking.TASKS}
-lines = [*machines.pop("parity"), *(f"recall\t{{}}\t{name}" for name in recall.MODELS), *(line for some in machines.values() for line in some)]
-print(*(line.format(seed) for seed in os.environ["SEEDS"].split() for line in lines), sep="\n")
+machines = [[f"state_tracking\t{{}}\t{name}\t{task}" for name in state_tracking.MODELS] for task in state_tracking.TASKS]
+recalled = [f"recall\t{{}}\t{name}\td_model {width}" for width in reversed(recall.WIDTHS[os.environ["SCALE"]]) for name in recall.MODELS]
+for lines in (machines[0], recalled, *machines[1:]):  # parity first
+    for seed in os.environ["SEEDS"].split():
+        print(*(line.format(seed) for line in lines), sep="\n")
 PYTHON
+[ -z "${WANTED:-}" ] || { grep -E "$WANTED" "$RUN/jobs" > "$RUN/wanted"; mv "$RUN/wanted" "$RUN/jobs"; }
 end_mps() { :; }
 if [ "${MPS:-}" = 1 ] && command -v nvidia-cuda-mps-control > /dev/null; then
   export CUDA_MPS_PIPE_DIRECTORY=$RUN/mps CUDA_MPS_LOG_DIRECTORY=$RUN/mps; mkdir -p "$RUN/mps"

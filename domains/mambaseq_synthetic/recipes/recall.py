@@ -24,12 +24,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gla": ("gla", {}),
     "attention": ("attention", {}),
 }
+WIDTHS = {"full": (32, 64, 128), "small": (16, 32), "tiny": (8,)}
 _RATE = 0.16  # over the width: at 5e-3 attention tells which of two values at width 32, at 128 it guesses
 _AT_ONCE = 64  # sequences
 
 
 def run(context: Context) -> list[Table]:
-    widths = context.at(full=(32, 64, 128), small=(16, 32), tiny=(8,))
+    widths = context.at(**WIDTHS)
     vocabulary = context.at(full=8192, small=64, tiny=16)
     pairs = context.at(full=(2, 4, 8, 16, 32, 64), small=(2, 4, 8), tiny=(4,))
     spread = context.at(full=8, small=8, tiny=4)  # tokens of a sequence to a pair
@@ -67,19 +68,22 @@ def run(context: Context) -> list[Table]:
             f"steps at {width}": float(taken),
         }
 
+    of_width = {f"d_model {width}": width for width in widths}
+    chosen = [of_width[name] for name in context.wanted(of_width, [*MODELS, FINISHED])]
     lines = []
-    for name in context.wanted(MODELS, [FINISHED]):
+    for name in context.wanted(MODELS, [*of_width, FINISHED]):
         values: dict[str, list[float]] = {}
-        for width in widths:
+        for width in chosen:
             values |= context.over_seeds(
                 f"{name} width={width}",
                 lambda seed, checkpoint, name=name, width=width: trial(name, width, seed, checkpoint),  # type: ignore[misc]
             )
-        wanted = (Bound(_key(widths[-1]), ">=", 0.99),) if name in ("gated_delta", "kda", "attention") else ()
+        told = widths[-1] in chosen and name in ("gated_delta", "kda", "attention")
+        wanted = (Bound(_key(widths[-1]), ">=", 0.99),) if told else ()
         lines.append(Line(name, values, "", wanted, context.note(values)))
-    columns = [Column(_key(width), f"d_model {width}", 1, percent=True) for width in widths]
-    columns += [Column(f"state at {width}", f"numbers in the state at {width}", 0) for width in widths]
-    columns += [Column(f"steps at {width}", f"steps at {width}", 0) for width in widths]
+    columns = [Column(_key(width), f"d_model {width}", 1, percent=True) for width in chosen]
+    columns += [Column(f"state at {width}", f"numbers in the state at {width}", 0) for width in chosen]
+    columns += [Column(f"steps at {width}", f"steps at {width}", 0) for width in chosen]
     about = (
         f"Share of {n_pairs} values that are told rightly for their keys, in {length} tokens of a vocabulary of "
         f"{vocabulary:,}. Two layers; mixers with their default options and states of 16 in Mamba's, an MLP behind "
