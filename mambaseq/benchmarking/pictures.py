@@ -41,8 +41,8 @@ def _draw_ops(report: Report) -> Figure:
     shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
     ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
     groups = list(dict.fromkeys(_group(ratio) for ratio in ratios))
-    figure = Figure(figsize=(max(13, 0.6 * len(groups)), 8.5), layout="constrained")
-    panels = figure.subplot_mosaic([["ratios", "ratios"], ["forward_ms", "both_ms"]])
+    figure = Figure(figsize=(14, max(6.5, 1 + 0.36 * len(groups))), layout="constrained")
+    panels = figure.subplot_mosaic([["ratios", "forward_ms"], ["ratios", "both_ms"]])
     _ratios(panels["ratios"], ratios, groups, shown)
     for key, title in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
         axes = panels[key]
@@ -66,21 +66,28 @@ def _group(ratio: Ratio) -> _Group:
 
 
 def _ratios(axes: Any, ratios: list[Ratio], groups: list[_Group], shown: dict[str, str]) -> None:
-    """The ratio to each peer: forward, backward, and both. shown: names of these by their keys."""
+    """The ratio to each peer, from the top down: forward, backward, and both. shown: names of these by their keys."""
     for offset, (value, name) in zip((-0.27, 0, 0.27), shown.items(), strict=True):
         points = [(groups.index(_group(r)) + offset, r.ratio) for r in ratios if r.value == value]
         if points:
-            bars = axes.bar(*zip(*points, strict=True), width=0.25, label=name)
-            axes.bar_label(bars, fmt=lambda ratio: f"{ratio:.2g}" if ratio < 99 else f"{ratio:,.0f}", fontsize=7)
-    axes.set_yscale("log")
-    axes.axhline(1, color="black", lw=0.8)
+            places, times = zip(*points, strict=True)
+            bars = axes.barh(places, [ratio - 1 for ratio in times], left=1, height=0.25, label=name)
+            axes.bar_label(bars, [_times(ratio) for ratio in times], fontsize=6, padding=1.5)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", lw=0.8)
     names = [f"{op}, {' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
-    axes.set_xticks(range(len(groups)), names, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")
-    axes.set_ylabel("times as fast")
+    axes.set_yticks(range(len(groups)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.08, y=0.01)
+    axes.set_xlabel("times as fast")
     if groups:
-        axes.legend()
+        axes.legend(loc="upper right")
     else:
         axes.text(0.5, 0.5, "no peer ran", transform=axes.transAxes, ha="center")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
 
 
 def _bars(axes: Any, rows: list[Row], column: Column) -> None:

@@ -46,15 +46,17 @@ def test_the_budget_ends_sampling() -> None:
 
 @pytest.mark.gpu
 def test_the_time_of_the_gpu_alone(cuda: torch.device) -> None:
-    x = torch.randn(4096, 4096, device=cuda)
+    x = torch.randn(64, 64, device=cuda)  # microseconds of work
 
     def slow_to_ask() -> Tensor:
         time.sleep(2e-3)
         return x @ x
 
-    held = measure(slow_to_ask, cuda, 5, hold=True)
+    assert measure(slow_to_ask, cuda, 5).ms >= 2
+    # other processes on this GPU can only lengthen a sample
+    held = min((measure(slow_to_ask, cuda, 5, hold=True) for _ in range(5)), key=lambda timing: timing.ms)
     assert held.host_ms >= 2
-    assert measure(lambda: x @ x, cuda, 5, hold=True).ms == pytest.approx(held.ms, rel=0.5)
+    assert held.ms < 0.5
 
 
 @pytest.mark.gpu

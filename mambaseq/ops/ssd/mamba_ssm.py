@@ -34,11 +34,11 @@ def run(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, cu_seqlens, _, wants_state, chunk_size = arguments
     scan = importlib.import_module(_MODULE).mamba_chunk_scan_combined
     result = scan(
-        x.contiguous(),
-        dt.contiguous(),
+        x,
+        dt,
         A.float(),
-        B.to(x.dtype).contiguous(),
-        C.to(x.dtype).contiguous(),
+        B.to(x.dtype),
+        C.to(x.dtype),
         chunk_size,
         D=None if D is None else D.float(),
         dt_bias=None if dt_bias is None else dt_bias.float(),
