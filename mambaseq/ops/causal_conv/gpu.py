@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -20,11 +21,11 @@ WIDEST = 8  # filter
 LONGEST = 2**29  # row: steps are counted in 32 bits
 _BLOCK = 128  # channels of a program: 4 a thread
 _LANES = 4  # runs of a program, each walked by one warp
-# Steps that are read at a time, so that there is enough of memory's work under way; programs that a GPU wants.
-_FORWARD_UNROLL, _FORWARD_PROGRAMS = 8, 1600
-_BACKWARD_UNROLL, _BACKWARD_PROGRAMS = 8, 800
+_UNROLL = 8  # steps that are read at a time, so that there is enough of memory's work under way
 _LEAST_STEPS = 8
+_START = 8  # as many steps does it take a program to begin
 _LOCATED = 256
+_ROWS, _GATHERED = 32, 64  # programs' sums that are read at a time, of so many channels
 
 
 def why_not(arguments: ConvArguments) -> str | None:
@@ -69,8 +70,7 @@ def forward_into(arguments: ConvArguments, y: Tensor | None = None) -> tuple[Ten
     with portable.on(x):
         history = _history(state, width, cu_seqlens is not None)
         if x.numel():
-            steps = _steps(batch, length, blocks, _FORWARD_PROGRAMS)
-            runs = -(-length // (steps * _LANES))
+            steps, runs = _division(batch, length, blocks, _at_once(arguments, backward=False), 0)
             kernels.forward[(batch * runs * blocks,)](
                 x,
                 x.stride(0),
@@ -92,7 +92,7 @@ def forward_into(arguments: ConvArguments, y: Tensor | None = None) -> tuple[Ten
                 width,
                 _LANES,
                 _BLOCK,
-                _FORWARD_UNROLL,
+                _UNROLL,
             )
         if wants_final_state:
             n_sequences = arguments.n_sequences
@@ -149,15 +149,12 @@ def backward_into(
         # The kernels read the gradient of the state as they read x: channels beside each other.
         # (sequences, width - 1, channels)
         later = None if dfinal is None or not dfinal.numel() else dfinal.transpose(1, 2).contiguous()
-        steps = _steps(batch, length, blocks, _BACKWARD_PROGRAMS)
-        # A run walks over `width - 1` steps more than its own.
-        steps += -(steps + width - 1) % _BACKWARD_UNROLL
-        runs = -(-length // (steps * _LANES))
-        dweights = torch.empty(batch * runs, channels, width, dtype=torch.float32, device=x.device)
-        dbiases = None
-        if bias is not None:
-            dbiases = torch.empty(batch * runs, channels, dtype=torch.float32, device=x.device)
+        new = torch.empty_like if x.numel() else torch.zeros_like
+        dweight, dbias = new(filters[0]), None if filters[1] is None else new(filters[1])
         if x.numel():
+            # A run walks over `width - 1` steps more than its own.
+            steps, runs = _division(batch, length, blocks, _at_once(arguments, backward=True), width - 1)
+            sums = torch.empty(batch * runs, width + 1, channels, dtype=torch.float32, device=x.device)
             kernels.backward[(batch * runs * blocks,)](
                 x,
                 x.stride(0),
@@ -172,8 +169,7 @@ def backward_into(
                 dx,
                 dx.stride(0),
                 dx.stride(1),
-                dweights,
-                dbiases,
+                sums,
                 length,
                 channels,
                 blocks,
@@ -184,7 +180,10 @@ def backward_into(
                 width,
                 _LANES,
                 _BLOCK,
-                _BACKWARD_UNROLL,
+                _UNROLL,
+            )
+            kernels.gathered[(-(-channels // _GATHERED), width if bias is None else width + 1)](
+                sums, dweight, dbias, batch * runs, channels, width, _ROWS, _GATHERED
             )
         dinitial = None
         if state is not None:
@@ -213,8 +212,6 @@ def backward_into(
                     _LANES,
                     _BLOCK,
                 )
-        dweight = dweights.sum(0).to(weight.dtype)
-        dbias = None if bias is None or dbiases is None else dbiases.sum(0).to(bias.dtype)
     return dx, dweight, dbias, dinitial
 
 
@@ -252,11 +249,35 @@ def _places(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     return places
 
 
-def _steps(batch: int, length: int, blocks: int, programs: int) -> int:
-    """Steps of a run, a power of two: as many as leave `programs` programs, but not many more than there are."""
-    wanted = batch * length * blocks // (_LANES * programs)
-    longest = -(-length // _LANES)
-    return max(_LEAST_STEPS, min(1 << wanted.bit_length() >> 1, 1 << max(0, longest - 1).bit_length()))
+def _at_once(arguments: ConvArguments, *, backward: bool) -> int:
+    """How many programs run at the same time, by their registers (counted for compute capabilities 8.0 and 9.0); on a
+    CPU, in Triton's interpreter, as on an H100."""
+    x, more = arguments.x, arguments.cu_seqlens is not None or arguments.weight.shape[1] > 4
+    if backward:
+        of_a_processor = 2 if more else 3
+    else:
+        of_a_processor = 4 if more else 6 if x.element_size() == 2 else 5
+    return of_a_processor * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132)
+
+
+@functools.lru_cache(4096)
+def _division(batch: int, length: int, blocks: int, at_once: int, beyond: int) -> tuple[int, int]:
+    """Steps of a run, and programs that share a row: those that are done first, if `at_once` programs run at a time.
+
+    beyond: steps that a run walks over after its own. What it walks over is a multiple of `_UNROLL`.
+    """
+
+    def divided(programs: int) -> tuple[int, int]:
+        steps = -(-length // (programs * _LANES))
+        steps += -(steps + beyond) % _UNROLL
+        return steps, -(-length // (steps * _LANES))
+
+    def time(division: tuple[int, int]) -> int:
+        steps, programs = division
+        return -(-batch * blocks * programs // at_once) * (steps + beyond + _START)
+
+    most = min(-(-length // (_LANES * _LEAST_STEPS)), -(-8 * at_once // (batch * blocks)))
+    return min(map(divided, range(1, most + 1)), key=time)
 
 
 run = conv_operator("causal_conv_triton", forward_into, backward_into)

@@ -197,12 +197,12 @@ def forward(
 @triton.jit(do_not_specialize=_CHANGING)
 def backward(
     x, x_batch, x_row, weight, bias, state, s_sequence, s_channel, s_step, places, dy, dy_batch, dy_row, dfinal,
-    dx, dx_batch, dx_row, dweight, dbias,
+    dx, dx_batch, dx_row, partial,
     length, channels, blocks_of_channels, runs, steps,
     SILU: tl.constexpr, REVERSE: tl.constexpr, WIDTH: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dx, and the sums over a program's steps of dweight (programs, channels, WIDTH) and dbias (programs, channels).
+    """dx, and `partial` (programs, WIDTH + 1, channels): sums over a program's steps, of dweight's columns and dbias.
 
     `steps + WIDTH - 1` is a multiple of UNROLL. dfinal is (sequences, WIDTH - 1, channels), contiguous.
     """
@@ -286,10 +286,28 @@ def backward(
             window = _shifted(u, window, WIDTH)
 
     for j in tl.static_range(WIDTH):
-        at = (run.to(tl.int64) * channels + c) * WIDTH + (WIDTH - 1 - j)
-        tl.store(dweight + at, tl.sum(sums[j], axis=0), mask=c < channels)
-    if dbias is not None:
-        tl.store(dbias + run.to(tl.int64) * channels + c, tl.sum(total, axis=0), mask=c < channels)
+        at = (run.to(tl.int64) * (WIDTH + 1) + (WIDTH - 1 - j)) * channels + c
+        tl.store(partial + at, tl.sum(sums[j], axis=0), mask=c < channels)
+    if bias is not None:
+        at = (run.to(tl.int64) * (WIDTH + 1) + WIDTH) * channels + c
+        tl.store(partial + at, tl.sum(total, axis=0), mask=c < channels)
+
+
+@triton.jit(do_not_specialize=["programs", "channels"])
+def gathered(partial, dweight, dbias, programs, channels, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dweight (channels, WIDTH) and dbias (channels,), contiguous: what `backward` left, summed over its programs."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1)  # WIDTH: dbias
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for i in range(0, programs, ROWS):
+        row = i + tl.arange(0, ROWS)
+        at = (row.to(tl.int64) * (WIDTH + 1) + k)[:, None] * channels + c[None, :]
+        total += tl.load(partial + at, mask=(row < programs)[:, None] & (c < channels)[None, :], other=0.0)
+    value = tl.sum(total, axis=0)
+    if k < WIDTH:
+        tl.store(dweight + c.to(tl.int64) * WIDTH + k, value.to(dweight.dtype.element_ty), mask=c < channels)
+    elif dbias is not None:
+        tl.store(dbias + c, value.to(dbias.dtype.element_ty), mask=c < channels)
 
 
 @triton.jit
