@@ -24,6 +24,7 @@ for lines in (machines[0], recalled, *machines[1:]):  # parity first
         print(*(line.format(seed) for line in lines), sep="\n")
 PYTHON
 [ -z "${WANTED:-}" ] || { grep -E "$WANTED" "$RUN/jobs" > "$RUN/wanted"; mv "$RUN/wanted" "$RUN/jobs"; }
+[ -s "$RUN/jobs" ] || { echo "WANTED=$WANTED is in no line such as: recall<TAB>0<TAB>kda<TAB>d_model 64" >&2; exit 1; }
 end_mps() { :; }
 if [ "${MPS:-}" = 1 ] && command -v nvidia-cuda-mps-control > /dev/null; then
   export CUDA_MPS_PIPE_DIRECTORY=$RUN/mps CUDA_MPS_LOG_DIRECTORY=$RUN/mps; mkdir -p "$RUN/mps"

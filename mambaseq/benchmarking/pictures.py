@@ -81,7 +81,7 @@ def _ratios(axes: Any, ratios: list[Ratio], groups: list[_Group], shown: dict[st
     axes.margins(x=0.08, y=0.01)
     axes.set_xlabel("times as fast")
     if groups:
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     else:
         axes.text(0.5, 0.5, "no peer ran", transform=axes.transAxes, ha="center")
 

@@ -55,7 +55,6 @@ CASES: dict[str, Callable[[], ConvArguments]] = {
     "length 4097": lambda: full("f", 1, 4097, 3, 4),
     "length 4097, reverse": lambda: full("g", 1, 4097, 3, 4)._replace(reverse=True),
     "length 0": lambda: full("h", 2, 0, 3, 4),
-    "more programs than sums are read at once": lambda: full("h2", gpu._ROWS + 8, 9, 3, 4),
     "width 1": lambda: full("i", 2, 63, 5, 1),
     "width 2": lambda: full("i2", 2, 63, 5, 2),
     "width 2, reverse": lambda: full("i3", 1, 33, 129, 2)._replace(reverse=True),
@@ -108,12 +107,19 @@ def test_half_precision(backend: str, case: str, dtype: torch.dtype, device: str
 
 @pytest.mark.parametrize("beyond", [0, 3])
 @pytest.mark.parametrize(
-    "batch, length, blocks", [(1, 1, 1), (1, 7, 1), (2, 2048, 12), (8, 2048, 16), (33, 2048, 6), (1, 2**20, 4)]
+    ("batch", "length", "blocks"), [(1, 1, 1), (1, 7, 1), (2, 2048, 12), (8, 2048, 16), (33, 2048, 6), (1, 2**20, 4)]
 )
 def test_runs_divide_a_row(batch: int, length: int, blocks: int, beyond: int) -> None:
     steps, programs = gpu._division(batch, length, blocks, 396, beyond)
     assert (steps + beyond) % gpu._UNROLL == 0
     assert (programs - 1) * gpu._LANES * steps < length <= programs * gpu._LANES * steps
+
+
+def test_more_programs_than_sums_that_are_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_or_skip("cpu")
+    triton_or_skip(device)
+    monkeypatch.setattr(gpu, "_ROWS", 16)
+    assert_equals_reference(OP, "triton", lambda: full("many", 40, 9, 3, 4), device)
 
 
 def test_programs_run_at_once_if_they_can() -> None:

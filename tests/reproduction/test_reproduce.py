@@ -30,7 +30,7 @@ def reproduce(name: str, out: Path, *more: str) -> int:
 
 QUICK = {  # lines of recipes that are long even when tiny
     "dna/species_length": ["Mamba", "10-mer naive Bayes"],
-    "synthetic/recall": ["gated_delta"],
+    "synthetic/recall": ["gated_delta", "d_model 8"],
     "synthetic/state_tracking": ["mamba3", "gated_delta, negative", "parity", "permutations"],
 }
 SHIPPED = ("audio/spoken_digits",)  # without files that are brought, a sample of them is taken

@@ -23,9 +23,9 @@ _BLOCK = 128  # channels of a program: 4 a thread
 _LANES = 4  # runs of a program, each walked by one warp
 _UNROLL = 8  # steps that are read at a time, so that there is enough of memory's work under way
 _LEAST_STEPS = 8
-_START = 8  # as many steps does it take a program to begin
+_START = 8  # a program's beginning counts as so many steps: it reads filters and what lies before its runs
 _LOCATED = 256
-_ROWS, _GATHERED = 32, 64  # programs' sums that are read at a time, of so many channels
+_ROWS, _GATHERED = 256, 16  # programs' sums that are read at a time, of so many channels
 
 
 def why_not(arguments: ConvArguments) -> str | None:
@@ -123,7 +123,7 @@ def backward_into(
     """The gradients of x, weight, bias and initial_state, without autograd; nothing of the forward is needed.
 
     x and dy are read where they lie if their channels lie beside each other, whatever their other strides are. The
-    same inputs give the same bits.
+    same inputs give the same bits on GPUs of as many processors.
 
     Args:
         dy: `(batch, length, channels)`, any real dtype that the kernels read.
@@ -250,13 +250,18 @@ def _places(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
 
 
 def _at_once(arguments: ConvArguments, *, backward: bool) -> int:
-    """How many programs run at the same time, by their registers (counted for compute capabilities 8.0 and 9.0); on a
-    CPU, in Triton's interpreter, as on an H100."""
+    """How many programs run at the same time; on a CPU, in Triton's interpreter, as on an H100.
+
+    By registers, which Triton 3.6 was asked for at compute capabilities 8.0 and 9.0, with bias, SiLU and filters of the
+    dtype of x. Some other cases have room for one program more, which are not worth more rules.
+    """
     x, more = arguments.x, arguments.cu_seqlens is not None or arguments.weight.shape[1] > 4
     if backward:
         of_a_processor = 2 if more else 3
+    elif more or x.shape[2] % 16:  # numbers are read one by one
+        of_a_processor = 4
     else:
-        of_a_processor = 4 if more else 6 if x.element_size() == 2 else 5
+        of_a_processor = 6 if x.element_size() == 2 else 5
     return of_a_processor * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132)
 
 
