@@ -21,6 +21,7 @@ from mambaseq.data.tokenizer import Tokenizer
 from mambaseq.domain import catalog
 from mambaseq.errors import ConfigError, UserError, shown, under_key
 from mambaseq.models import SequenceModel, build_empty, count_parameters
+from mambaseq.models.building import for_any_machine
 from mambaseq.models.modules import further_names
 from mambaseq.plain import read_json
 from mambaseq.resources import located, model_folder
@@ -51,7 +52,8 @@ def save_model(
     *,
     adapter: tuple[Mapping[str, tuple[torch.Tensor, torch.Tensor]], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write the folder atomically; an older model in it stays until the new one is complete.
+    """Write the folder atomically; an older model in it stays until the new one is complete. The backends that the
+    card's description names are left out: it is for any machine.
 
     model: None writes the description without weights (for a run that has just started).
     adapter: what is added to the weights when the model is loaded, and its settings; see `save_adapter`.
@@ -70,7 +72,7 @@ def save_model(
             save_adapter(temporary / FOLDER, *adapter)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {path.relative_to(temporary).as_posix(): _digest(path) for path in files}
-        card = dataclasses.replace(card, sha256=sums)
+        card = dataclasses.replace(card, spec=for_any_machine(card.spec), sha256=sums)
         (temporary / "model.json").write_text(card.to_json(), encoding="utf-8")
 
 

@@ -146,7 +146,8 @@ def check_backend(mixer: str, op: str, backend: str | None) -> None:
     known = [candidate.name for candidate in OPS[op].backends]
     if backend is not None and backend not in known:
         raise ConfigError(
-            f"{mixer}: there is no backend {shown(backend)}.{did_you_mean(backend, known)} Known: {', '.join(known)}."
+            f"{mixer}: there is no backend {shown(backend)}.{did_you_mean(backend, known)} Known: {', '.join(known)}; "
+            "null, or None in Python, takes the fastest that can."
         )
 
 

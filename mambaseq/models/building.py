@@ -19,6 +19,7 @@ from mambaseq.errors import ConfigError, cut_list, did_you_mean, shown
 from mambaseq.mixers.base import Mixer
 from mambaseq.models.model import SequenceModel
 from mambaseq.specs import (
+    PARTS,
     arguments_of,
     check_layers,
     check_options,
@@ -155,6 +156,22 @@ def count_parameters(spec: dict[str, Any]) -> int:
     check_spec(spec)
     _check_mixers(spec)
     return _sized(spec, lambda made: [_build(spec, made)])[0]
+
+
+def for_any_machine(spec: dict[str, Any]) -> dict[str, Any]:
+    """A description without the `backend` of parts whose default is None, the fastest there is: one that was named for
+    the machine of a training may not run elsewhere, and all give the same results."""
+
+    def chosen(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        backend = arguments_of(catalog()[f"{kind}s"].get(name)).get("backend")
+        if backend is None or backend.default is not None:
+            return options
+        return {key: value for key, value in options.items() if key != "backend"}
+
+    found = spec | {part: chosen(part, spec[part]["name"], spec[part]) for part in PARTS}
+    if given := spec.get("mixers"):
+        found["mixers"] = {name: chosen("mixer", registered(name, given), options) for name, options in given.items()}
+    return found
 
 
 _Made = dict[tuple[str, int], list[Mixer]]

@@ -72,8 +72,8 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
             return candidate.run(arguments)
         if backend is not None:
             raise BackendError(
-                f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}. Leave backend out (null in "
-                "a configuration, or in a saved model's model.json) for the fastest that can."
+                f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}. Leave backend out for the "
+                "fastest that can: null in a configuration (--model.mixer.backend null) or a saved model's model.json."
             )
     if backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, arguments))

@@ -45,6 +45,19 @@ def test_saved_and_loaded_gives_the_same_bits(tmp_path: Path, options: dict) -> 
     assert loaded.card.length == 4
 
 
+def test_a_model_that_names_a_backend_is_saved_for_any_machine(tmp_path: Path) -> None:
+    """One trained by kernels of GPUs is read where there are none; the model in memory keeps its own."""
+    options = {"pattern": ["kda", "gated_delta"], "mixers": {"gated_delta": {"backend": "triton", "d_conv": 3}}}
+    model = small(mixer="kda", backend="fla", **options)
+    save_model(tmp_path / "m", model, card(model))
+    loaded = load_model(tmp_path / "m")
+    assert loaded.card.spec["mixer"] == {"name": "kda"}
+    assert loaded.card.spec["mixers"] == {"gated_delta": {"d_conv": 3}}
+    assert loaded.model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
+    assert model.spec is not None
+    assert model.spec["mixer"]["backend"] == "fla"
+
+
 def test_another_shape_is_named(tmp_path: Path) -> None:
     model = small()
     save_model(tmp_path / "m", model, card(model))
