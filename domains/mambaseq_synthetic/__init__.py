@@ -74,6 +74,10 @@ domain = Domain(
             "mambaseq:configs/synthetic/state_tracking.yaml",
             "parity by Mamba-3, tested at lengths that it was not trained at",
         ),
+        "recall": (
+            "mambaseq:configs/synthetic/recall.yaml",
+            "8 keys and their values by the gated delta rule, a minute on a CPU",
+        ),
         "digits": ("mambaseq:configs/synthetic/digits.yaml", "digits pixel by pixel, minutes on a CPU"),
         "listops": ("mambaseq:configs/synthetic/listops.yaml", "ListOps of 50 to 200 tokens, on a GPU"),
         "pathfinder": ("mambaseq:configs/synthetic/pathfinder.yaml", "Pathfinder of 16 by 16 pixels, on a GPU"),

@@ -37,19 +37,32 @@ def draw(report: Report) -> Figure:
     return figure
 
 
+_SHOWN = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
+
+
 def _draw_ops(report: Report) -> Figure:
-    shown = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forward + backward"}
-    ratios = [r for r in report.ratios() if r.shape is not None and r.value in shown and r.op != by_length.OP]
-    groups = list(dict.fromkeys(_group(ratio) for ratio in ratios))
-    figure = Figure(figsize=(14, max(6.5, 1 + 0.36 * len(groups))), layout="constrained")
-    panels = figure.subplot_mosaic([["ratios", "forward_ms"], ["ratios", "both_ms"]])
-    _ratios(panels["ratios"], ratios, groups, shown)
-    for key, title in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
-        axes = panels[key]
-        _lines(axes, [row for row in report.rows if row.op == by_length.OP], key, "length")
-        axes.set_title(f"{title}, batch 1, width {by_length.WIDTH[report.scale]}")
-        axes.set_xlabel("length")
-        axes.set_ylabel("ms")
+    """Beside each other: the ratios to peers, or where none ran our times; times by length, if they were taken."""
+    ratios = [r for r in report.ratios() if r.shape is not None and r.value in _SHOWN and r.op != by_length.OP]
+    times = [row for row in report.rows if row.contender == OURS and row.op != by_length.OP and row.values]
+    lengths = [row for row in report.rows if row.op == by_length.OP and row.values]
+    groups = list(dict.fromkeys(map(_group, ratios))) if ratios else list(dict.fromkeys(map(_place, times)))
+    left, right = ["ops"] if groups or not lengths else [], [["forward_ms"], ["both_ms"]] if lengths else [[], []]
+    height = max(6.5 if lengths else 2.5, 1.2 + 0.36 * len(groups))
+    figure = Figure(figsize=(7 * (len(left) + len(right[0])), height), layout="constrained")
+    rows: list[Any] = [left + row for row in right]
+    panels = figure.subplot_mosaic(rows)
+    if ratios:
+        _beside(panels["ops"], {(_group(r), r.value): r.ratio for r in ratios}, groups, ratio=True)
+    elif times:
+        found = {(_place(row), key): row.values[key] for row in times for key in _SHOWN if key in row.values}
+        _beside(panels["ops"], found, groups, ratio=False)
+    elif left:
+        panels["ops"].text(0.5, 0.5, "nothing was measured", transform=panels["ops"].transAxes, ha="center")
+    for key in right[0] + right[1]:
+        _lines(panels[key], lengths, key, "length")
+        panels[key].set_title(f"{_SHOWN[key]}, batch 1, width {by_length.WIDTH[report.scale]}")
+        panels[key].set_xlabel("length")
+        panels[key].set_ylabel("ms")
     figure.suptitle(_title(report))
     return figure
 
@@ -58,36 +71,37 @@ def _title(report: Report) -> str:
     return f"mambaseq bench {report.bench}, {report.hardware}"
 
 
-_Group = tuple[str, tuple[int, ...], str]  # op, sizes and peer: what stands side by side
+def _group(ratio: Ratio) -> str:
+    return f"{_place(ratio)}\nover {ratio.peer}"
 
 
-def _group(ratio: Ratio) -> _Group:
-    return ratio.op, tuple((ratio.shape or {}).values()), ratio.peer
+def _place(of: Ratio | Row) -> str:
+    """The op and its sizes."""
+    return f"{of.op}, {' × '.join(f'{size:,}' for size in (of.shape or {}).values())}"
 
 
-def _ratios(axes: Any, ratios: list[Ratio], groups: list[_Group], shown: dict[str, str]) -> None:
-    """The ratio to each peer, from the top down: forward, backward, and both. shown: names of these by their keys."""
-    for offset, (value, name) in zip((-0.27, 0, 0.27), shown.items(), strict=True):
-        points = [(groups.index(_group(r)) + offset, r.ratio) for r in ratios if r.value == value]
+def _beside(axes: Any, values: dict[tuple[str, str], float], groups: list[str], *, ratio: bool) -> None:
+    """Bars of each group, from the top down: forward, backward, and both. values: by the group and the key of `_SHOWN`;
+    ratios, from 1 on, or milliseconds."""
+    start = 1 if ratio else 0
+    for offset, (key, name) in zip((-0.27, 0, 0.27), _SHOWN.items(), strict=True):
+        points = [(index + offset, values[group, key]) for index, group in enumerate(groups) if (group, key) in values]
         if points:
-            places, times = zip(*points, strict=True)
-            bars = axes.barh(places, [ratio - 1 for ratio in times], left=1, height=0.25, label=name)
-            axes.bar_label(bars, [_times(ratio) for ratio in times], fontsize=6, padding=1.5)
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", lw=0.8)
-    names = [f"{op}, {' × '.join(f'{n:,}' for n in shape)}\nover {peer}" for op, shape, peer in groups]
-    axes.set_yticks(range(len(groups)), names, fontsize=7)
+            places, found = zip(*points, strict=True)
+            bars = axes.barh(places, [value - start for value in found], left=start, height=0.25, label=name)
+            axes.bar_label(bars, [_times(value) for value in found], fontsize=6, padding=1.5)
+    if ratio:
+        axes.set_xscale("log")
+        axes.axvline(1, color="black", lw=0.8)
+    axes.set_yticks(range(len(groups)), groups, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.08, y=0.01)
-    axes.set_xlabel("times as fast")
-    if groups:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-    else:
-        axes.text(0.5, 0.5, "no peer ran", transform=axes.transAxes, ha="center")
+    axes.set_xlabel("times as fast" if ratio else "ms")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
+def _times(value: float) -> str:
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
 def _bars(axes: Any, rows: list[Row], column: Column) -> None:

@@ -19,7 +19,8 @@ def no_form(problem: str) -> UserError:
     return UserError(
         f"This model cannot be written as a published Mamba or Mamba-2: {problem}. Those are language models over "
         "tokens with one kind of layer, mamba or mamba2 as published, or hybrids as Bamba's (mamba2 and attention, "
-        "each with an mlp). Save others with save_model."
+        "each with an mlp). Others are shared as the folder of a run or its model/, which `mambaseq generate "
+        "--checkpoint` and mambaseq.checkpoints.load_model read."
     )
 
 

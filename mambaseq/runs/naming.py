@@ -194,12 +194,22 @@ def check_names(overrides: list[str], source: str, options: list[str], config: s
         else:
             near = "" if keys is None else keys.near(key.rstrip("+"), "--")
         if near:
-            told = shown(word.partition("=")[0], 200)
-            raise ConfigError(f"there is no key or option {told}.{near} `{source} --help` lists the keys.")
+            told, chosen = shown(word.partition("=")[0], 200), _chosen(overrides)
+            raise ConfigError(f"there is no key or option {told}.{near} `{source}{chosen} --help` lists the keys.")
         kind = _REGISTERED.get(key)
         name = text if given else overrides[index + 1] if index + 1 < len(overrides) else ""
         if kind is not None and name and ":" not in name:
             catalog()[kind].entry(name, key)
+
+
+def _chosen(overrides: list[str]) -> str:
+    """The names of registered classes that the words choose, as words: which keys there are is a matter of them."""
+    found = {}
+    for word, after in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
+        key, given, text = word.removeprefix("--").partition("=")
+        if key in _NAMED and re.fullmatch(r"[\w/.:-]{1,80}", name := text if given else after):
+            found[key] = name
+    return "".join(f" --{key} {name}" for key, name in found.items())
 
 
 def check_settings(settings: Mapping[str, Any], config: str, where: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mambaseq.benchmarking import backends, by_length, ops, registered
-from mambaseq.benchmarking.cases import Case, Contender, channels_first, errors, output_of, reference_results
+from mambaseq.benchmarking.cases import COLUMNS, Case, Contender, channels_first, errors, output_of, reference_results
 from mambaseq.benchmarking.decode import CachedGeneration
 from mambaseq.benchmarking.long_scan import long_scan
+from mambaseq.benchmarking.pictures import draw
 from mambaseq.benchmarking.report import OURS, Column, Report, Row
 from mambaseq.benchmarking.timing import attempt, measure, peak_bytes
 from mambaseq.benchmarking.transformer import Transformer
@@ -297,3 +298,15 @@ def test_doctor_has_a_moderate_sample_of_every_op() -> None:
         assert any(backend.why_not(arguments) is None for backend in op.backends)
     unknown = OPS["causal_conv"]._replace(name="another")
     assert backends.moderate(unknown, CPU)[0] == "x, weight"
+
+
+@pytest.mark.parametrize("peer", [True, False])
+def test_a_picture_of_ops_has_ratios_or_else_our_times(peer: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("ops", CPU, "tiny", COLUMNS)
+    report.add(Row("kda", {"batch": 2, "length": 9}, "mambaseq", values={"forward_ms": 2.0, "both_ms": 4.0}))
+    if peer:
+        report.add(Row("kda", {"batch": 2, "length": 9}, "PyTorch", values={"forward_ms": 6.0, "both_ms": 4.0}))
+    (axes,) = draw(report).axes
+    assert axes.get_xlabel() == ("times as fast" if peer else "ms")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["kda, 2 × 9" + "\nover PyTorch" * peer]
+    assert [text.get_text() for text in axes.texts] == (["3", "1"] if peer else ["2", "4"])

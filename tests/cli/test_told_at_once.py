@@ -143,6 +143,11 @@ WORDS = [
     ("fit --config dna/demo --max_steps 3", "Did you mean '--trainer.max_steps'?"),
     ("fit --config dna/demo --trainer.foo 3", "there is no key or option '--trainer.foo'. Under trainer there is"),
     ("fit --config dna/demo --model.mixers.mlp.expnd 3", "Did you mean '--model.mixers.mlp.expand'?"),
+    (
+        "fit --config text/demo --model.mixer.name gla --model.mixer.normaliser 3",
+        "Did you mean '--model.mixer.normalizer'?",
+        "`mambaseq fit --config text/demo --model.mixer.name gla --help` lists",
+    ),
     ("data audit dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
     ("test --checkpoint runs/dna-demo --data.lenght 3", "Did you mean '--data.length'?"),
 ]
