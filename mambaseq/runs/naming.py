@@ -362,7 +362,10 @@ class _Keys(NamedTuple):
             option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
             if option not in self.known:
                 there = sorted(one.removeprefix(f"{part}.") for one in self.known if one.startswith(f"{part}."))
-                return near_key(option, self.known, dashes) + f" Under {part} there is {cut_list(there, 40, 600)}."
+                ends = sorted(one for one in self.known if one.endswith(f".{option.rpartition('.')[2]}"))
+                near = f" Did you mean {cut_list([shown(f'{dashes}{one}') for one in ends])}?" if ends else ""
+                near = near or near_key(option, self.known, dashes)
+                return f"{near} Under {part} there is {cut_list(there, 40, 600)}."
         return ""
 
 
