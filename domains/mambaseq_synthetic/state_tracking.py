@@ -40,14 +40,15 @@ def machine(task: Task, size: int, device: torch.device | None = None) -> Tensor
     """
     if device is not None:  # kept there, so that a CUDA graph can draw
         return machine(task, size).to(device)
-    if task == "parity":
-        return torch.tensor([[0, 1], [1, 0]])
-    if task == "modular":
-        number, by = torch.arange(size), torch.arange(size)[:, None]
-        return torch.cat([number + by, number - by, number * by]).remainder(size)
-    all_ = list(itertools.permutations(range(size)))
-    number_of = {permutation: number for number, permutation in enumerate(all_)}
-    return torch.tensor([[number_of[tuple(state[i] for i in token)] for state in all_] for token in all_])
+    with torch.device("cpu"):  # whatever the default device of who asks first
+        if task == "parity":
+            return torch.tensor([[0, 1], [1, 0]])
+        if task == "modular":
+            number, by = torch.arange(size), torch.arange(size)[:, None]
+            return torch.cat([number + by, number - by, number * by]).remainder(size)
+        all_ = list(itertools.permutations(range(size)))
+        number_of = {permutation: number for number, permutation in enumerate(all_)}
+        return torch.tensor([[number_of[tuple(state[i] for i in token)] for state in all_] for token in all_])
 
 
 def draw(seed: int, items: Tensor, *, task: Task = "parity", size: int = 2, length: int = 256) -> tuple[Tensor, Tensor]:

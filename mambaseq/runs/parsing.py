@@ -228,8 +228,8 @@ _KINDS = {"int": "whole number", "float": "finite number", "str": "text", "bool"
 
 
 def _choices(parser: jsonargparse.ArgumentParser, key: str, text: str) -> str:
-    """What a key takes that takes certain values or one of several plain types, and the text that is none of them; ""
-    for any other key, and for a single type, of which the parser's own message tells."""
+    """What a key takes that takes certain values or plain types, and the text that is none of them; "" for any other
+    key."""
     kind = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == key), None)
     values: list[Any] = []
     kinds = []
@@ -242,14 +242,15 @@ def _choices(parser: jsonargparse.ArgumentParser, key: str, text: str) -> str:
             kinds.append(f"a {_KINDS[one.__name__]}" if one in (int, float) else _KINDS[one.__name__])
         else:
             return ""
-    if not values and len(kinds) < 2:
+    if not values and not kinds:
         return ""
     value: Any = text
     with contextlib.suppress(UserError):
         value = parse_yaml(text, key)
+    told = "null" if value == "None" else shown(value)  # the parser's word for it
     near = did_you_mean(text, map(str, values))
     takes = f"one of {cut_list([*values, *kinds], 40, 500)}" if values else " or ".join(kinds)
-    return f"{key} must be {takes}; it is {shown(value)}.{near}"
+    return f"{key} must be {takes}; it is {told}.{near}"
 
 
 def _members(kind: Any) -> list[Any]:

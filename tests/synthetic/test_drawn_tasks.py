@@ -155,6 +155,16 @@ def test_recall_asks_once_for_the_value_of_each_key() -> None:
     assert (keys.double().mean(0) - 7.5).abs().max() < 5 * (14**2 / 12 / 300) ** 0.5  # in random order
 
 
+@pytest.mark.parametrize("task", ["parity", "modular", "permutations"])
+def test_a_machine_is_kept_with_its_numbers(task: Any) -> None:
+    """Whoever asks first may be making something on the meta device."""
+    machine.cache_clear()
+    with torch.device("meta"):
+        machine(task, 2)
+    assert machine(task, 2).device.type == "cpu"
+    machine.cache_clear()
+
+
 def test_states_are_those_of_the_machines() -> None:
     inputs, labels = state_tracking.draw(0, torch.arange(50), task="parity", size=2, length=30)
     assert torch.equal(labels, inputs.cumsum(1) % 2)
