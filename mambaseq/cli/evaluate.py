@@ -21,8 +21,13 @@ def run(argv: list[str], command: str) -> int:
         prog=f"mambaseq {command}",
         description="Evaluate a run; --key value overrides its configuration (--data.length 4096), and `mambaseq "
         f"{command} --checkpoint RUN --help` lists the keys.",
-        add_help=not any(argument.partition("=")[0] == "--checkpoint" for argument in argv),
+        add_help="--checkpoint" not in (given := {word.partition("=")[0] for word in argv}),
     )
+    if "--config" in given and "--checkpoint" not in given:
+        raise ConfigError(
+            f"A run is evaluated, with its own configuration: `mambaseq {command} --checkpoint RUN`, the folder that "
+            "`mambaseq fit --config NAME --out RUN` makes."
+        )
     parser.add_argument("--checkpoint", required=True, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--baselines",

@@ -362,8 +362,8 @@ class _Keys(NamedTuple):
             option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
             if option not in self.known:
                 there = sorted(one.removeprefix(f"{part}.") for one in self.known if one.startswith(f"{part}."))
-                ends = sorted(one for one in self.known if one.endswith(f".{option.rpartition('.')[2]}"))
-                near = f" Did you mean {cut_list([shown(f'{dashes}{one}') for one in ends])}?" if ends else ""
+                alike = sorted(one for one in self.known if one.endswith(f".{option.rpartition('.')[2]}"))
+                near = f" Did you mean {cut_list([shown(f'{dashes}{one}') for one in alike])}?" if alike else ""
                 near = near or near_key(option, self.known, dashes)
                 return f"{near} Under {part} there is {cut_list(there, 40, 600)}."
         return ""

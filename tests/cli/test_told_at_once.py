@@ -150,6 +150,7 @@ WORDS = [
         "`mambaseq fit --config text/demo --model.mixer.name gla --help` lists",
     ),
     ("data audit dna/demo --data.lenght 3", "Did you mean '--data.length'?"),
+    ("validate --config text/demo", "`mambaseq validate --checkpoint RUN`, the folder that `mambaseq fit"),
     ("test --checkpoint runs/dna-demo --data.lenght 3", "Did you mean '--data.length'?"),
 ]
 
