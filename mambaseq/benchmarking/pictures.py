@@ -43,7 +43,9 @@ _SHOWN = {"forward_ms": "forward", "backward_ms": "backward", "both_ms": "forwar
 def _draw_ops(report: Report) -> Figure:
     """Beside each other: the ratios to peers, or where none ran our times; times by length, if they were taken."""
     ratios = [r for r in report.ratios() if r.shape is not None and r.value in _SHOWN and r.op != by_length.OP]
-    times = [row for row in report.rows if row.contender == OURS and row.op != by_length.OP and row.values]
+    times = [
+        row for row in report.rows if row.contender == OURS and row.op != by_length.OP and row.values.keys() & _SHOWN
+    ]
     lengths = [row for row in report.rows if row.op == by_length.OP and row.values]
     groups = list(dict.fromkeys(map(_group, ratios))) if ratios else list(dict.fromkeys(map(_place, times)))
     left, right = ["ops"] if groups or not lengths else [], [["forward_ms"], ["both_ms"]] if lengths else [[], []]

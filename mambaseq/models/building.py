@@ -163,12 +163,17 @@ def for_any_machine(spec: dict[str, Any]) -> dict[str, Any]:
     the machine of a training may not run elsewhere, and all give the same results."""
 
     def chosen(kind: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        backend = arguments_of(catalog()[f"{kind}s"].get(name)).get("backend")
+        if "backend" not in options:
+            return options
+        try:
+            backend = arguments_of(catalog()[f"{kind}s"].get(name)).get("backend")
+        except ConfigError:  # a plugin's that is not there (any more)
+            return options
         if backend is None or backend.default is not None:
             return options
         return {key: value for key, value in options.items() if key != "backend"}
 
-    found = spec | {part: chosen(part, spec[part]["name"], spec[part]) for part in PARTS}
+    found = spec | {part: chosen(part, spec[part]["name"], spec[part]) for part in PARTS if part in spec}
     if given := spec.get("mixers"):
         found["mixers"] = {name: chosen("mixer", registered(name, given), options) for name, options in given.items()}
     return found

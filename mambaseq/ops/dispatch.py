@@ -73,7 +73,8 @@ def run(op: Op, arguments: Any, backend: str | None = None) -> Result:
         if backend is not None:
             raise BackendError(
                 f"{op.name}: backend {shown(backend)} cannot run these arguments: {reason}. Leave backend out for the "
-                "fastest that can: null in a configuration (--model.mixer.backend null) or a saved model's model.json."
+                "fastest that can: null in a configuration (--model.mixer.backend null for fit), or in a saved model's "
+                "model.json."
             )
     if backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(op, arguments))

@@ -207,7 +207,7 @@ def _chosen(overrides: list[str]) -> str:
     found = {}
     for word, after in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
         key, given, text = word.removeprefix("--").partition("=")
-        if key in _NAMED and re.fullmatch(r"[\w/.:-]{1,80}", name := text if given else after):
+        if key in _NAMED and re.fullmatch(r"\w[\w/.:-]{0,79}", name := text if given else after):
             found[key] = name
     return "".join(f" --{key} {name}" for key, name in found.items())
 
@@ -362,11 +362,18 @@ class _Keys(NamedTuple):
             option = f"{part}.{key.removeprefix(f'{part}.').partition('.')[0]}"
             if option not in self.known:
                 there = sorted(one.removeprefix(f"{part}.") for one in self.known if one.startswith(f"{part}."))
-                alike = sorted(one for one in self.known if one.endswith(f".{option.rpartition('.')[2]}"))
-                near = f" Did you mean {cut_list([shown(f'{dashes}{one}') for one in alike])}?" if alike else ""
-                near = near or near_key(option, self.known, dashes)
-                return f"{near} Under {part} there is {cut_list(there, 40, 600)}."
+                near = near_key(option, self.known, dashes)
+                other = self._elsewhere(option.rpartition(".")[2], dashes)
+                if near and other:
+                    other = f" Or{other.removeprefix(' Did you mean')}"
+                return f"{near}{other} Under {part} there is {cut_list(there, 40, 600)}."
         return ""
+
+    def _elsewhere(self, name: str, dashes: str) -> str:
+        """The keys that end in a name: one that is in another section, or that is none's."""
+        found = sorted(one for one in self.known if one.endswith(f".{name}")) if name != "name" else []
+        found = [name] * (name in TOP and name not in GROUPS) or found
+        return f" Did you mean {cut_list([shown(f'{dashes}{one}') for one in found])}?" if found else ""
 
 
 _OF_THE_MODEL = (*MODEL_PARTS, "mixers", "d_model", "tie_embeddings")

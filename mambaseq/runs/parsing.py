@@ -222,7 +222,7 @@ _UNKNOWN_KEY = (  # jsonargparse's wordings, across its versions
 )
 
 
-_WRONG_VALUE = re.compile(r"Parser key ['\"](?P<key>[\w.]+)['\"]: .*\b(?:Given|Got) value: (?P<value>.*)$")
+_WRONG_VALUE = re.compile(r"Parser key ['\"](?P<key>[\w.]+)['\"]: .*\b(?:Given|Got) value:\s*(?P<value>.*)$")
 _CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 _KINDS = {"int": "whole number", "float": "finite number", "str": "text", "bool": "true or false", "dict": "mapping"}
 
@@ -232,13 +232,14 @@ def _choices(parser: jsonargparse.ArgumentParser, key: str, text: str) -> str:
     key."""
     kind = next((getattr(action, "_typehint", None) for action in parser._actions if action.dest == key), None)
     values: list[Any] = []
-    kinds = []
+    kinds, numbers = [], []
     for one in _members(kind):
         if get_origin(one) is Literal:
             values += [value for value in get_args(one) if str(value) not in map(str, values)]
         elif one is type(None):
             kinds.append("null")
         elif one in (int, float, str, bool):
+            numbers += [one] * (one in (int, float))
             kinds.append(f"a {_KINDS[one.__name__]}" if one in (int, float) else _KINDS[one.__name__])
         else:
             return ""
@@ -247,7 +248,9 @@ def _choices(parser: jsonargparse.ArgumentParser, key: str, text: str) -> str:
     value: Any = text
     with contextlib.suppress(UserError):
         value = parse_yaml(text, key)
-    told = "null" if value == "None" else shown(value)  # the parser's word for it
+    if type(value) in numbers or (type(value) is int and float in numbers):  # what was written is another text
+        value = text
+    told = "null" if text == "None" else shown(value)  # the parser's word for it
     near = did_you_mean(text, map(str, values))
     takes = f"one of {cut_list([*values, *kinds], 40, 500)}" if values else " or ".join(kinds)
     return f"{key} must be {takes}; it is {told}.{near}"
@@ -261,7 +264,8 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: str) -> ConfigError:
-    text, chosen = redacted(" ".join(str(error).split()).rstrip(".")), ""
+    whole = redacted(" ".join(str(error).split()))
+    text, chosen = whole.rstrip("."), ""
     for pattern in _UNKNOWN_KEY:
         if (found := pattern.search(text)) is not None:
             parts = found.groupdict()
@@ -277,7 +281,7 @@ def _explain(error: BaseException, parser: jsonargparse.ArgumentParser, source: 
                 chosen = f" --{part}.name {name}"
             break
     else:
-        wrong = _WRONG_VALUE.search(text)
+        wrong = _WRONG_VALUE.search(whole)
         if wrong is not None and (told := _choices(parser, wrong["key"], wrong["value"])):
             return ConfigError(f"The configuration {source} cannot be used: {told}")
         text, hint = paragraph(_CLASS.sub(lambda found: _KINDS.get(found[1], found[1]), text), _EXPLAINED), ""
