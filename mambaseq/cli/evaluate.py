@@ -17,11 +17,12 @@ from mambaseq.resources import model_folder
 
 
 def run(argv: list[str], command: str) -> int:
+    given = {word.partition("=")[0] for word in argv}
     parser = Arguments(
         prog=f"mambaseq {command}",
         description="Evaluate a run; --key value overrides its configuration (--data.length 4096), and `mambaseq "
         f"{command} --checkpoint RUN --help` lists the keys.",
-        add_help="--checkpoint" not in (given := {word.partition("=")[0] for word in argv}),
+        add_help="--checkpoint" not in given,
     )
     if "--config" in given and "--checkpoint" not in given:
         raise ConfigError(

@@ -20,6 +20,7 @@ from mambaseq.checkpoints.lightning_io import read_checkpoint
 from mambaseq.checkpoints.lightning_plugin import AtomicCheckpointIO
 from mambaseq.errors import UserError
 from mambaseq.models import SequenceModel, build_model, causal_lm
+from mambaseq.models.building import for_any_machine
 
 
 def small(**options) -> SequenceModel:
@@ -56,6 +57,13 @@ def test_a_model_that_names_a_backend_is_saved_for_any_machine(tmp_path: Path) -
     assert loaded.model(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
     assert model.spec is not None
     assert model.spec["mixer"]["backend"] == "fla"
+
+
+def test_a_backend_of_a_plugin_that_is_not_there_stays() -> None:
+    spec = small().spec
+    assert spec is not None
+    gone = spec | {"mixer": {"name": "of_a_plugin", "backend": "own"}}
+    assert for_any_machine(gone) == gone
 
 
 def test_another_shape_is_named(tmp_path: Path) -> None:

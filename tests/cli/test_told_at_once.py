@@ -142,6 +142,8 @@ WORDS = [
     ("fit --config dna/demo --optimizer.lrr 3", "Did you mean '--optimizer.lr'?"),
     ("fit --config dna/demo --max_steps 3", "Did you mean '--trainer.max_steps'?"),
     ("fit --config dna/demo --data.batch_size 3", "Did you mean '--loader.batch_size'?", "Under data there is"),
+    ("fit --config text/demo --data.batch_size 3", "Did you mean '--data.epoch_size'? Or '--loader.batch_size'?"),
+    ("fit --config dna/demo --trainer.seed 3", "Did you mean '--seed'?"),
     ("fit --config dna/demo --trainer.foo 3", "there is no key or option '--trainer.foo'. Under trainer there is"),
     ("fit --config dna/demo --model.mixers.mlp.expnd 3", "Did you mean '--model.mixers.mlp.expand'?"),
     (

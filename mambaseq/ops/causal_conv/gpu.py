@@ -15,6 +15,7 @@ from torch import Tensor
 from mambaseq.ops.causal_conv.arguments import ConvArguments
 from mambaseq.ops.causal_conv.library import conv_operator
 from mambaseq.ops.gpu import portable
+from mambaseq.ops.selective_scan.launches import processors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8  # filter
@@ -262,7 +263,7 @@ def _at_once(arguments: ConvArguments, *, backward: bool) -> int:
         of_a_processor = 4
     else:
         of_a_processor = 6 if x.element_size() == 2 else 5
-    return of_a_processor * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132)
+    return of_a_processor * (processors(x.device.index) if x.is_cuda else 132)
 
 
 @functools.lru_cache(4096)
